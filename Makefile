@@ -1,0 +1,63 @@
+# `make` lists the targets. Each builds .venv first where it is missing or older than the requirements.
+PYTHON  ?= python3
+TEACHER ?= wrn28
+ARGS    ?=
+OUT     ?= outputs/table2-$(TEACHER).ipynb
+WORKERS ?= 2
+
+BIN   := .venv/bin
+READY := .venv/.ok
+
+# Waiting OpenMP threads spin by default: with anything else running, a step takes tens of times longer.
+export OMP_WAIT_POLICY := PASSIVE
+# The kernel named python3 is .venv's own, whatever kernels the user has installed.
+export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH
+
+.DEFAULT_GOAL := help
+.PHONY: help table2 test lab export readme clean distclean
+
+help: ## list the targets
+	@echo 'make TARGET [PYTHON=python3] [TEACHER=wrn28] [OUT=...] [ARGS="..."]'
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+table2: $(READY) ## run Table 2 with papermill: TEACHER=wrn28, OUT=where to, ARGS="more for papermill"
+	@mkdir -p outputs "$$(dirname '$(OUT)')"
+	$(BIN)/papermill nbs/table2.ipynb '$(OUT)' -p teacher '$(TEACHER)' $(ARGS)
+
+test: $(READY) ## run the notebooks as tests (WORKERS=2 at a time), then pytest (ARGS="more for pytest"); either one failing fails it
+	@status=0; \
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) || { status=1; notebooks=failed; }; \
+	$(BIN)/python -m pytest $(ARGS) || status=1; \
+	if [ "$$notebooks" = failed ]; then echo 'error: notebooks failed: their errors stand above what pytest says' >&2; fi; \
+	exit $$status
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter-lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs $(ARGS)
+
+export: $(READY) ## make nskd/*.py from the notebooks
+	$(BIN)/nbdev_export
+
+readme: $(READY) ## make README.md from nbs/index.ipynb
+	$(BIN)/python -m nskd.readme
+
+clean: ## remove caches and everything in outputs/ except published/ (finished runs too); keep .venv
+	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +; fi
+	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .hypothesis build dist _docs _proc *.egg-info
+
+distclean: clean ## clean, and remove .venv
+	rm -rf .venv
+
+# .ok is written last, so an install that was interrupted is begun anew, from an empty folder.
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c '' 2>/dev/null || \
+	  { echo 'error: $(PYTHON) does not run: install Python 3.10 or newer, or say which one with PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): say which one with PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'error: $(PYTHON) has no venv module: install it first (Debian, Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
+	@if [ -e $@ ]; then echo 'Updating .venv'; rm $@; else echo 'Installing into .venv: about 1.5 GB, some minutes the first time'; \
+	  $(PYTHON) -m venv --clear .venv; fi
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@touch $@

@@ -1,0 +1,21 @@
+"What the tests share."
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # read once, when torch loads; kernels started by tests inherit it
+
+
+@pytest.fixture(scope="session")
+def repo():
+    "The repository's root."
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared(repo):
+    "The folder shared/ beside the repository, which a clone need not have."
+    folder = repo.parent/"shared"
+    if not folder.is_dir(): pytest.skip("there is no folder shared/ beside the repository")
+    return folder
