@@ -69,10 +69,10 @@ class SmallImageResNet(torchvision.models.ResNet):
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8 * width, num_classes)
         _kaiming(self)
 
-# %% ../nbs/03_models.ipynb #ef3f10f1
+# %% ../nbs/03_models.ipynb #3cf407b6
 class _InvertedResidual(nn.Module):
-    "1×1 expand, 3×3 depthwise, 1×1 project, with a shortcut when the stride is 1."
-    def __init__(self, c_in, c_out, expansion, stride, norm):
+    "1×1 expand, 3×3 depthwise, 1×1 project, with a shortcut when the stride is 1, itself projected if `widens`."
+    def __init__(self, c_in, c_out, expansion, stride, widens, norm):
         super().__init__()
         mid = expansion * c_in
         self.expand = nn.Sequential(nn.Conv2d(c_in, mid, 1, bias=False), norm(mid), nn.ReLU())
@@ -80,8 +80,7 @@ class _InvertedResidual(nn.Module):
         self.project = nn.Sequential(nn.Conv2d(mid, c_out, 1, bias=False), norm(c_out))
         self.shortcut = None
         if stride == 1:
-            same = c_in == c_out
-            self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out)) if widens else nn.Identity()
 
     def forward(self, x):
         h = self.project(self.depthwise(self.expand(x)))
@@ -94,12 +93,13 @@ class MobileNetV2(nn.Module):
     def __init__(self, width, num_classes, in_channels, norm):
         super().__init__()
         scaled = lambda c: max(8, 4 * round(c * width / 4))
-        c_in, blocks = scaled(32), []
+        c_in, before, blocks = scaled(32), 32, []
         self.stem = nn.Sequential(nn.Conv2d(in_channels, c_in, 3, 1, 1, bias=False), norm(c_in), nn.ReLU())
         for expansion, c, repeats, stride in self.stages:
             for i in range(repeats):
-                blocks.append(_InvertedResidual(c_in, scaled(c), expansion, stride if i == 0 else 1, norm))
-                c_in = scaled(c)
+                # the paper's widths decide where a shortcut is projected, so that every width has the same layers
+                blocks.append(_InvertedResidual(c_in, scaled(c), expansion, stride if i == 0 else 1, before != c, norm))
+                c_in, before = scaled(c), c
         self.blocks, last = nn.Sequential(*blocks), scaled(1280)
         self.head = nn.Sequential(nn.Conv2d(c_in, last, 1, bias=False), norm(last), nn.ReLU())
         self.fc = nn.Linear(last, num_classes)

@@ -57,7 +57,7 @@ def autocast(device, precision):
     if precision == "auto": precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-# %% ../nbs/08_teachers.ipynb #d9410c7e
+# %% ../nbs/08_teachers.ipynb #5012c6e9
 class TeacherRecipe(Config):
     "How a teacher is trained; `teacher_recipe` picks one for a data set."
     epochs: int = Field(40, ge=1)
@@ -75,7 +75,7 @@ class TeacherRecipe(Config):
 def teacher_recipe(ds, norm="bn"):
     "The recipe for data set `ds`: a minute of CPU for the small ones, the literature's 200 epochs for 32×32 colour images."
     if min(ds.shape[1:]) >= 24: return TeacherRecipe(epochs=200, shift=4, flip=ds.channels == 3)
-    if len(ds.train_labels) > 5000: return TeacherRecipe(epochs=12)
+    if len(ds.train_labels) > 5000: return TeacherRecipe(epochs=8)
     return TeacherRecipe()
 
 def augment(images, shift, flip, generator):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nskd import data
+from nskd import data, image_files
 from nskd.data import Dataset, list_datasets, load_dataset
 
 CIFAR = Path(__file__).resolve().parents[1] / "../shared/data/cifar10_jpeg.tar.xz"
@@ -231,7 +231,7 @@ def test_cache_gives_the_first_load_bit_for_bit(tmp_path, monkeypatch, cache):
     path = as_tar(tmp_path / "pets.tar.xz", members())
     first = load_dataset(path)
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(data, "_decode", None)             # a second decoding would fail
+    monkeypatch.setattr(image_files, "_decode", None)      # a second decoding would fail
     again = load_dataset(path)
     assert same(first, again) and again.fingerprint == first.fingerprint and repr(first) == repr(again)
     assert (again.source, again.note) == (first.source, first.note)
@@ -329,7 +329,7 @@ def test_crop_is_resize_and_centre_crop():
     y, x = np.mgrid[:300, :420]
     image = np.stack([128 + 90 * np.sin(x / 17), 128 + 90 * np.cos(y / 23), (x + y) / 3], 2).astype(np.uint8)
     file = io.BytesIO(); Image.fromarray(image).save(file, "PNG")
-    ours = data._decode("x", file.getvalue(), (3, 224, 224)).astype(float)
+    ours = image_files._decode("x", file.getvalue(), (3, 224, 224)).astype(float)
     theirs = v2.CenterCrop(224)(v2.Resize(256)(Image.fromarray(image)))
     assert np.abs(ours - np.asarray(theirs).transpose(2, 0, 1)).mean() < 2
 

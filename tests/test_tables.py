@@ -1,0 +1,84 @@
+"""Table notebooks, run by papermill as a user would: a run, a second run, and the ways to get a parameter wrong."""
+import json, os, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def papermill(repo, notebook, output, *args, outputs=None):
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"NSKD_OUTPUTS": str(outputs or output.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "papermill", str(repo/f"nbs/{notebook}.ipynb"), str(output), *map(str, args)],
+                          cwd=output.parent, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def numbers(folder, name):
+    frame = pd.read_csv(folder/name/"records.csv")
+    return frame.drop(columns=["seconds", "directory", "cached"])
+
+
+@pytest.fixture(scope="module")
+def runs(repo, tmp_path_factory):
+    "Both tables at the smoke tier, Table 2 twice from nothing, and a warm third time."
+    base = tmp_path_factory.mktemp("tables")
+    def run(job):
+        folder, notebook = job
+        (base/folder).mkdir()
+        return papermill(repo, notebook, base/folder/"out.ipynb", "-f", repo/f"params/smoke/{notebook}.yaml")
+    jobs = [("a", "table2"), ("b", "table2"), ("four", "table4")]
+    with ThreadPoolExecutor(2) as pool: done = dict(zip([j[0] for j in jobs], pool.map(run, jobs)))
+    return base, done
+
+
+def test_smoke_runs_succeed_and_leave_their_results(runs):
+    base, done = runs
+    for folder, name in (("a", "table2-wrn28"), ("four", "table4-wrn28")):
+        assert done[folder].returncode == 0, done[folder].stderr[-2000:]
+        found = {p.name for p in (base/folder/name).iterdir()}
+        assert found == {"records.csv", "table.csv", "claims.json", "results.json", "figure.png"}
+        claims = json.loads((base/folder/name/"claims.json").read_text())
+        assert len(claims) == 11 and {c["verdict"] for c in claims} <= {"holds", "fails", "inconclusive"}
+        results = json.loads((base/folder/name/"results.json").read_text())
+        assert results["parameters"]["steps"] == 4 and results["provenance"]["versions"]["torch"]
+        notebook = json.loads((base/folder/"out.ipynb").read_text())
+        assert any("injected-parameters" in c["metadata"].get("tags", []) for c in notebook["cells"])
+
+
+def test_the_same_run_twice_gives_identical_metrics(runs):
+    base, done = runs
+    assert done["b"].returncode == 0, done["b"].stderr[-2000:]
+    pd.testing.assert_frame_equal(numbers(base/"a", "table2-wrn28"), numbers(base/"b", "table2-wrn28"), check_exact=True)
+
+
+def test_records_say_what_a_reader_needs(runs):
+    records = pd.read_csv(runs[0]/"a/table2-wrn28/records.csv")
+    assert set(records.method) == {"gaussian_rs", "ddg", "gaussian_cs", "normshift"} and set(records.norm) == {"bn", "ln"}
+    assert {"cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "data_free", "steps", "seed"} <= set(records)
+    assert records.data_free.tolist() == (records.method != "ddg").tolist()
+    assert records[["cs", "rs", "recal"]].notna().all(axis=None) and records.cs.between(0, 100).all()
+
+
+def test_a_warm_run_trains_nothing(repo, runs):
+    base, _ = runs
+    done = papermill(repo, "table2", base/"a/again.ipynb", "-f", repo/"params/smoke/table2.yaml")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert pd.read_csv(base/"a/table2-wrn28/records.csv").cached.all()
+
+
+@pytest.mark.parametrize("args, words", [
+    (["-p", "zz", "7"], "there is no parameter 'zz'"),
+    (["-p", "teachr", "wrn28"], "did you mean 'teacher'?"),
+    (["-p", "teacher", "wrn82"], "did you mean 'wrn28'?"),
+    (["-p", "seeds", "0"], "seeds must be a number of seeds from 1 up"),
+    (["-p", "dataset", "/nowhere/at/all"], "/nowhere/at/all"),
+])
+def test_bad_parameters_fail_at_once_in_one_sentence(repo, tmp_path, args, words):
+    done = papermill(repo, "table2", tmp_path/"out.ipynb", *args, outputs=tmp_path/"results")
+    assert done.returncode != 0
+    assert words in done.stderr, done.stderr[-1500:]
+    error = next(line for line in done.stderr.splitlines() if words in line)
+    assert "Error: " in error                                            # a sentence, not a traceback's fragment
+    assert not any((tmp_path/"results").rglob("*")) if (tmp_path/"results").exists() else True

@@ -1,0 +1,37 @@
+"""The digits recipe does what the tables rely on."""
+import time
+
+import pytest
+import torch
+
+from nskd.data import load_dataset
+from nskd.runs import tensors_key
+from nskd.teachers import TeacherRecipe, train_teacher
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch): monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path))
+
+
+@pytest.mark.parametrize("norm, least", [("bn", 97), ("ln", 95)])
+def test_wrn28_reaches_its_accuracy_on_digits(norm, least):
+    start, threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(1)                              # as the grid runs it
+    try: net = train_teacher("wrn28", load_dataset("digits"), norm=norm, width=1, seed=0, progress=False)
+    finally: torch.set_num_threads(threads)
+    assert net.record["accuracy"]["rs"] >= least
+    assert time.perf_counter() - start < 80               # 20 s on a quiet core; twice the promise, for busy machines
+
+
+def test_same_seed_same_bits_and_another_seed_others():
+    ds, recipe = load_dataset("digits"), TeacherRecipe(epochs=1)
+    train = lambda seed, **kw: train_teacher("wrn16", ds, width=1, seed=seed, recipe=recipe.replace(**kw), progress=False)
+    first = train(0).record
+    again = train(0)
+    assert again.record["cached"] and tensors_key(again.state_dict()) == first["key"]
+    assert train(1).record["key"] != first["key"] != train(0, lr=0.05).record["key"]
+
+
+def test_a_diverging_teacher_says_at_which_step():
+    with pytest.raises(FloatingPointError, match="step [0-9]+: lower the recipe's lr"):
+        train_teacher("wrn16", load_dataset("digits"), width=1, recipe=TeacherRecipe(epochs=2, lr=1e30, clip=1e30), progress=False)
