@@ -8,12 +8,11 @@ __all__ = ['METHODS', 'STUDENTS', 'NARROW', 'Names', 'TableParameters', 'check_p
            'interval', 'judge', 'per_seed', 'table_claims', 'mode_gap', 'accuracy_table', 'modes_table', 'claims_table',
            'styled', 'write_results']
 
-# %% ../nbs/11_experiments.ipynb #3f0a87b3
-import os, time, types
+# %% ../nbs/11_experiments.ipynb #a457b45c
+import os, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
 import numpy as np
@@ -27,8 +26,7 @@ from .data import load_dataset
 from .distillation import DistillConfig, distill
 from .models import create_model, list_models
 from .norms import bn_mode, resolve_teacher_mode, _one_of
-from .runs import (cached, claim, code_key, outputs_dir, provenance, read_json, repo_root, versions, write_bytes,
-                       write_json)
+from .runs import cached, claim, code_key, outputs_dir, provenance, read_json, repo_root, versions, write_bytes, write_json
 from .samplers import create_sampler
 from .teachers import Config, pick_device, teacher_recipe, train_teacher, unknown_name
 
@@ -214,7 +212,7 @@ def flat_record(cell, teacher, record):
             "seconds": record["seconds"], "steps": record["steps"], "data_free": record["ledger"]["data_free"],
             "directory": record["directory"], "cached": record["cached"]}
 
-# %% ../nbs/11_experiments.ipynb #6ca9141c
+# %% ../nbs/11_experiments.ipynb #9a918c63
 def _init_worker(threads): torch.set_num_threads(threads)
 
 @contextmanager
@@ -271,10 +269,14 @@ def _train(job):
 def run_cells(cells, workers="auto"):
     "Run every cell (teachers first, equal work once); a DataFrame with one row a cell."
     device = cells[0].options.get("device", "auto")
-    load_dataset(cells[0].dataset)                                # a download or an error here, not in every worker
+    ds = load_dataset(cells[0].dataset)                           # a download or an error here, not in every worker
+    if (b := cells[0].config().batch_size) < ds.num_classes:
+        warnings.warn(f"a batch of {b} can't hold all {ds.num_classes} classes: rejection sampling balances over steps only", stacklevel=2)
     teachers = list({(c.teacher, c.norm, c.seed): c for c in cells}.values())
     run_parallel(_train, teachers, pick_workers(workers, device, len(teachers)), desc="teachers")
-    unique = list({c.work(): c for c in cells}.values())
+    unique = {}
+    for c in cells: unique.setdefault(c.work(), c)
+    unique = sorted(unique.values(), key=lambda c: c.method != "normshift")       # the longest first: no worker waits at the end
     done = run_parallel(distil_cell, unique, pick_workers(workers, device, len(unique)), desc="students")
     by_work = {c.work(): r for c, r in zip(unique, done)}
     return pd.DataFrame([{**by_work[c.work()], "method": c.method} for c in cells])
@@ -310,7 +312,7 @@ def per_seed(records, value="cs", **where):
     for column, wanted in where.items(): records = records[records[column].isin(_listed(wanted))]
     return records.groupby("seed")[value].mean()
 
-# %% ../nbs/11_experiments.ipynb #09e24f6f
+# %% ../nbs/11_experiments.ipynb #7c0a7898
 def table_claims(records, table, logit_gap=None):
     """The claims that the paper makes with Table 2 (and again with Table 4), judged on `records`.
 
@@ -320,7 +322,7 @@ def table_claims(records, table, logit_gap=None):
     has = lambda norm, *methods: set(methods) <= set(records[records.norm == norm].method)
     acc = lambda norm, method: per_seed(records, norm=norm, method=method)
     relative = lambda norm, method: per_seed(records.assign(share=records.cs / records.teacher_accuracy), "share", norm=norm, method=method)
-    source, found = f"Table {table.removeprefix('table')}", []
+    source, found = f"NormShift-KD, Table {table.removeprefix('table')} and section 6.1", []
     def add(id, statement, verdict, evidence): found.append(claim(f"{table}.{id}", statement, source, verdict, evidence))
     def versus(id, statement, norm, better, worse):
         if has(norm, better, worse): add(id, statement, *judge(acc(norm, better) - acc(norm, worse), above=0))
@@ -410,8 +412,8 @@ def styled(table):
     elif isinstance(table.index, pd.RangeIndex): style = style.hide(axis="index")
     return style.set_properties(**{"text-align": "left"}).set_table_styles([{"selector": "th", "props": "text-align: left"}])
 
-# %% ../nbs/11_experiments.ipynb #6af0c8b6
-def write_results(name, parameters, records, table, claims, figure=None, seconds=None):
+# %% ../nbs/11_experiments.ipynb #062c292f
+def write_results(name, parameters, records, table, claims, figure=None):
     """Write a table's results to outputs/<name>/ and return a Series of file names and what they hold.
 
     records.csv (one row a cell), table.csv, claims.json, results.json (parameters, provenance, claims), figure.png.
@@ -424,7 +426,7 @@ def write_results(name, parameters, records, table, claims, figure=None, seconds
     write_json(directory / "claims.json", claims)
     write_json(directory / "results.json", {
         "parameters": parameters.model_dump(), "provenance": provenance(pick_device(parameters.device)),
-        "seconds_of_all_cells": float(records.drop_duplicates("directory").seconds.sum()), "seconds_this_run": seconds})
+        "seconds_of_all_students": float(records.drop_duplicates("directory").seconds.sum())})
     files = {"records.csv": "one row a cell", "table.csv": "the table above", "claims.json": "claims and verdicts", "results.json": "parameters and provenance"}
     if figure is not None: save_figure(figure, directory / "figure.png"); files["figure.png"] = "the picture above"
     shown = os.path.relpath(directory, repo_root()) if directory.is_relative_to(repo_root()) else directory
