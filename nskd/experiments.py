@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'STUDENTS', 'NARROW', 'Names', 'TableParameters', 'check_parameters', 'load_smoke', 'Cell', 'table_cells',
            'cell_teacher', 'distil_cell', 'flat_record', 'pick_workers', 'run_parallel', 'run_cells', 'mean_se',
            'interval', 'judge', 'per_seed', 'table_claims', 'mode_gap', 'accuracy_table', 'modes_table', 'claims_table',
-           'styled', 'write_results']
+           'styled', 'write_results', 'publish', 'read_table', 'markdown_table']
 
 # %% ../nbs/11_experiments.ipynb #a457b45c
 import os, warnings
@@ -431,3 +431,24 @@ def write_results(name, parameters, records, table, claims, figure=None):
     if figure is not None: save_figure(figure, directory / "figure.png"); files["figure.png"] = "the picture above"
     shown = os.path.relpath(directory, repo_root()) if directory.is_relative_to(repo_root()) else directory
     return pd.DataFrame([(f"{shown}/{f}", what) for f, what in files.items()], columns=["file", "what"])
+
+# %% ../nbs/11_experiments.ipynb #f3510c48
+def publish(name, tier, notebook=None):
+    "Copy the results of table `name`, and its executed `notebook`, to outputs/published/<tier>/<name>/; the files written."
+    source, target = outputs_dir() / name, outputs_dir() / "published" / tier / name
+    files = [f for f in sorted(source.glob("*")) if f.suffix in (".csv", ".json", ".png")]
+    if not files: raise ValueError(f"there are no results in {source}: run the notebook first")
+    for f in files: write_bytes(target / f.name, f.read_bytes())
+    if notebook: write_bytes(target / "executed.ipynb", open(notebook, "rb").read())
+    return sorted(p.name for p in target.iterdir())
+
+def read_table(directory):
+    "The table that `write_results` left in `directory`, columns (norm, pair, measured or paper)."
+    return pd.read_csv(f"{directory}/table.csv", header=[0, 1, 2], index_col=0, dtype=str, keep_default_na=False)
+
+def markdown_table(table):
+    "A table of `accuracy_table` as Markdown for the README: measured values, the paper's in brackets."
+    groups = list(dict.fromkeys(c[:2] for c in table.columns))
+    rows = [["", *(f"{norm}, {pair}" for norm, pair in groups)], ["---"] * (len(groups) + 1)]
+    for label, row in table.iterrows(): rows.append([label, *(f"{row[*g, 'measured']} ({row[*g, 'paper']})" for g in groups)])
+    return "\n".join("| " + " | ".join(r) + " |" for r in rows)
