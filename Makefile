@@ -2,7 +2,7 @@
 PYTHON  ?= python3
 TEACHER ?= wrn28
 ARGS    ?=
-OUT     ?= outputs/table2-$(TEACHER).ipynb
+OUT     ?=
 WORKERS ?= 2
 
 BIN   := .venv/bin
@@ -14,16 +14,25 @@ export OMP_WAIT_POLICY := PASSIVE
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH
 
+# $(call papermill,NAME): nbs/NAME.ipynb with its teacher, into outputs/NAME-TEACHER.ipynb unless OUT says where
+define papermill
+	@mkdir -p outputs "$$(dirname '$(or $(OUT),outputs/$(1)-$(TEACHER).ipynb)')"
+	$(BIN)/papermill nbs/$(1).ipynb '$(or $(OUT),outputs/$(1)-$(TEACHER).ipynb)' -p teacher '$(TEACHER)' $(ARGS)
+	@$(BIN)/python -m nskd.reporting
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help table2 test lab export readme clean distclean
+.PHONY: help table2 table4 test lab export readme clean distclean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3] [TEACHER=wrn28] [OUT=...] [ARGS="..."]'
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 table2: $(READY) ## run Table 2 with papermill: TEACHER=wrn28, OUT=where to, ARGS="more for papermill"
-	@mkdir -p outputs "$$(dirname '$(OUT)')"
-	$(BIN)/papermill nbs/table2.ipynb '$(OUT)' -p teacher '$(TEACHER)' $(ARGS)
+	$(call papermill,table2)
+
+table4: $(READY) ## run Table 4, a hundred classes; TEACHER, OUT and ARGS as above
+	$(call papermill,table4)
 
 test: $(READY) ## run the notebooks as tests (WORKERS=2 at a time), then pytest (ARGS="more for pytest"); either one failing fails it
 	@status=0; \

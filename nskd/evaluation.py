@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['eval_batches', 'recalibrate', 'evaluate', 'evaluate_modes']
 
-# %% ../nbs/06_evaluation.ipynb #6298f794
+# %% ../nbs/06_evaluation.ipynb #0b9c80e1
 import copy
 
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .norms import bn_mode, norm_kinds, _one_of
+from .config import one_of
+from .norms import bn_mode, norm_kinds
 
 # %% ../nbs/06_evaluation.ipynb #d4f9c4d7
 def eval_batches(n, batch_size, shuffle_seed=0):
@@ -47,7 +48,7 @@ def recalibrate(net, images, batch_size=256):
             for m, momentum in before: m.momentum = momentum
     return net
 
-# %% ../nbs/06_evaluation.ipynb #474770a5
+# %% ../nbs/06_evaluation.ipynb #f1d8016a
 @torch.no_grad()
 def evaluate(net, images, labels, mode="cs", batch_size=256, recal_images=None):
     """Accuracy and cross-entropy of `net` in one BN mode: `{"accuracy": 0..100, "loss": nats, "n": images}`.
@@ -56,7 +57,7 @@ def evaluate(net, images, labels, mode="cs", batch_size=256, recal_images=None):
     is recalibrated on `recal_images`, by default on `images` themselves without their labels; `"recal_n"` in the
     result says on how many). `net` is left as it was. Without BatchNorm the three are one.
     """
-    _one_of(mode, ("cs", "rs", "recal"), "the evaluation mode")
+    one_of(mode, ("cs", "rs", "recal"), "the evaluation mode")
     if len(images) != len(labels): raise ValueError(f"{len(images)} images but {len(labels)} labels")
     extra = {}
     if mode == "recal":

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['WideResNet', 'SmallImageResNet', 'MobileNetV2', 'list_models', 'create_model']
 
-# %% ../nbs/03_models.ipynb #01789817
-from difflib import get_close_matches
+# %% ../nbs/03_models.ipynb #faddcff1
 from functools import partial
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .norms import make_norm, norm_kinds, replace_norm, _one_of
+from .config import nearest, one_of
+from .norms import make_norm, norm_kinds, replace_norm
 from .vision import torchvision            # before timm, which imports torchvision itself
 
 # %% ../nbs/03_models.ipynb #f4b16a14
@@ -161,37 +162,43 @@ def list_models():
     "Names that `create_model` builds itself; any timm or torchvision name works besides."
     return list(_FAMILIES)
 
-# %% ../nbs/03_models.ipynb #c4151bfe
+# %% ../nbs/03_models.ipynb #b7738976
 def create_model(name, num_classes=10, in_channels=3, image_size=32, norm=None, width=None, seed=None):
     """Build a classifier with random weights; it maps (B, in_channels, H, W) to logits (B, num_classes).
 
     `name`: one of `list_models()`, or a timm or torchvision name, with `timm:` or `torchvision:` before it if need be.
     `image_size`: pixels, an int or (H, W), from 8. `norm`: "bn", "ln" (GroupNorm(1, C) in a CNN) or "gn"; by default
-    the family's own. `width`: the family's knob, the paper's value by default: widening factor (wrn28 10, wrn16 8,
+    the family's own (BatchNorm for the CNNs). `width`: the family's knob, the paper's value by default: widening factor (wrn28 10, wrn16 8,
     wrn40 2), base channels (r18, r34: 64), multiplier (mv2, vit, swin, convnext: 1.0). `seed`: initialise from this
-    seed, leaving the global random state as it was. ValueError on an unknown name, with the nearest known one.
+    seed, leaving the CPU's global random state as it was. ValueError on an unknown name, with the nearest known one.
     """
-    if norm is not None: _one_of(norm, ("bn", "ln", "gn"), "norm")
-    if width is not None and not width > 0: raise ValueError(f"width must be positive, not {width!r}")
-    if name.startswith("wrn") and width is not None and width != int(width):
-        raise ValueError(f"a WRN's width is a whole widening factor, not {width!r}")
+    if norm is not None: one_of(norm, ("bn", "ln", "gn"), "norm")
+    _check_width(name, width)
     if min(_hw(image_size)) < 8: raise ValueError(f"image_size must be at least 8 pixels, not {image_size!r}")
     if num_classes < 1 or in_channels < 1: raise ValueError("num_classes and in_channels must be at least 1")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None: torch.manual_seed(seed)
+        if seed is not None: torch.default_generator.manual_seed(seed)         # not the GPU's: networks are made on the CPU
         if name in _FAMILIES: net = _FAMILIES[name](num_classes, in_channels, image_size, norm, _whole(width))
         else: net = _from_library(name, num_classes, in_channels, image_size, norm, width)
     net.input_shape = (in_channels, *_hw(image_size))
     return net
 
+def _check_width(name, width):
+    if width is None: return
+    if isinstance(width, bool) or not isinstance(width, Real) or not width > 0: raise ValueError(f"width must be a positive number, not {width!r}")
+    if name in ("wrn28", "wrn16", "wrn40", "r18", "r34") and width != int(width):
+        raise ValueError(f"the width of {name} is a whole number ({'widening factor' if name[0] == 'w' else 'base channels'}), not {width!r}")
+
 def _whole(width): return int(width) if width is not None and width == int(width) else width
 
-# %% ../nbs/03_models.ipynb #dc938a70
+# %% ../nbs/03_models.ipynb #71013421
 def _from_library(name, num_classes, in_channels, image_size, norm, width):
     "A timm or torchvision model; `norm` other than its own replaces its BatchNorms."
     import timm
+    bare = str(name).rpartition(":")[2]
+    if not (timm.is_model(bare) or bare in torchvision.models.list_models()): raise ValueError(_unknown(name, timm))
     if width is not None: raise ValueError(f"{name} comes from a library in one width: leave width out, or pick a variant by name")
-    source, _, bare = name.rpartition(":")
+    source = str(name).rpartition(":")[0]
     if source in ("", "timm") and timm.is_model(bare): net = _from_timm(bare, num_classes, in_channels, image_size)
     elif source in ("", "torchvision") and bare in torchvision.models.list_models():
         net = _from_torchvision(bare, num_classes, in_channels)
@@ -220,6 +227,5 @@ def _from_torchvision(name, num_classes, in_channels):
     return net
 
 def _unknown(name, timm):
-    near = get_close_matches(name, list_models(), n=1, cutoff=0.5) or get_close_matches(
-        name.rpartition(":")[2], [*timm.list_models(), *torchvision.models.list_models()], n=1)
-    return f"there is no model named {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; ours are {', '.join(list_models())}")
+    near = nearest(name, list_models(), 0.5) or nearest(str(name).rpartition(":")[2], [*timm.list_models(), *torchvision.models.list_models()], 0.6)
+    return f"there is no model named {name!r}" + (f", did you mean {near!r}?" if near else f"; ours are {', '.join(list_models())}")

@@ -6,15 +6,17 @@
 __all__ = ['norm_kinds', 'bn_mode', 'BatchAligned', 'align_batch', 'set_alpha', 'unalign', 'resolve_teacher_mode',
            'teacher_context', 'group_count', 'make_norm', 'replace_norm']
 
-# %% ../nbs/02_norms.ipynb #a413909c
+# %% ../nbs/02_norms.ipynb #c68e8f1e
 from collections import Counter
-from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
+from contextlib import contextmanager
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .config import one_of
 
 # %% ../nbs/02_norms.ipynb #99696cf4
 def norm_kinds(net):
@@ -33,23 +35,16 @@ def _kind(m):
     if isinstance(m, nn.GroupNorm): return "ln" if m.num_groups == 1 else "gn"
     return None
 
-# %% ../nbs/02_norms.ipynb #6711d812
-def _one_of(value, valid, what):
-    "Raise one sentence that names the nearest valid value."
-    if value in valid: return value
-    near = get_close_matches(str(value), [str(v) for v in valid], n=1, cutoff=0.4)
-    hint = f", did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{what} must be one of {', '.join(map(str, valid))}, not {value!r}{hint}")
-
+# %% ../nbs/02_norms.ipynb #e8bc5e32
 @contextmanager
 def bn_mode(net, mode):
     """Run `net` with BatchNorm on current (`"cs"`) or running (`"rs"`) statistics, changing nothing.
 
     Everything else is in evaluation mode (no dropout, no stochastic depth). No buffer moves, and the modes that
-    stood before are restored on leaving, also by an exception. Networks without BatchNorm pass through unchanged.
+    stood before are restored on leaving, also by an exception. Without BatchNorm the two are one.
     Source: NormShift-KD, section 3.1 (CS: minibatch mean and biased variance).
     """
-    _one_of(mode, ("cs", "rs"), "the BN mode")
+    one_of(mode, ("cs", "rs"), "the BN mode")
     bns = [m for m in net.modules() if isinstance(m, _BatchNorm)]
     if mode == "rs" and any(m.running_mean is None for m in bns):
         raise ValueError("this network keeps no running statistics (track_running_stats=False): use mode 'cs'")
@@ -66,7 +61,7 @@ def bn_mode(net, mode):
         for m, flag in tracking: m.track_running_stats = flag
         for m, flag in training: m.training = flag
 
-# %% ../nbs/02_norms.ipynb #311009ec
+# %% ../nbs/02_norms.ipynb #69f317c7
 class BatchAligned(nn.Module):
     """A LayerNorm or GroupNorm with batch alignment of strength `alpha` in [0, 1] before its affine map.
 
@@ -77,13 +72,15 @@ class BatchAligned(nn.Module):
     def __init__(self, norm, alpha=0.5):
         super().__init__()
         self.norm, self.alpha = norm, _check_alpha(alpha)
+        # torch's fused transformer layer reads the norms' weights and skips their forward, unless a module has hooks
+        self.register_forward_pre_hook(_no_change)
 
     def forward(self, x):
         if self.alpha == 0 or x.shape[0] == 1: return self.norm(x)
         z = _without_affine(self.norm, x)
         axis = _channel_axis(self.norm, z)
-        scale, shift = _alignment(z, axis, self.alpha, self.norm.eps)
         weight, bias = _affine(self.norm, z, axis)
+        scale, shift = _alignment(z, axis, self.alpha, self.norm.eps)
         if weight is not None: scale, shift = weight * scale, weight * shift
         if bias is not None: shift = shift + bias
         z = torch.addcmul(shift.to(z.dtype), z, scale.to(z.dtype))
@@ -101,15 +98,17 @@ class BatchAligned(nn.Module):
 
     def extra_repr(self): return f"alpha={self.alpha}"
 
+def _no_change(module, inputs): return None
+
 def _check_alpha(alpha):
-    if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+    if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha is a blend factor between 0 and 1, not {alpha!r}")
     return float(alpha)
 
-# %% ../nbs/02_norms.ipynb #ddcff156
+# %% ../nbs/02_norms.ipynb #d93c4ec1
 def _is_nchw_layer_norm(norm):
     # torchvision's and timm's LayerNorm2d take NCHW but normalise over C: the name is all that tells them apart
-    return isinstance(norm, nn.LayerNorm) and type(norm).__name__.endswith("2d")
+    return isinstance(norm, nn.LayerNorm) and "2d" in type(norm).__name__.lower()
 
 def _without_affine(norm, x):
     "The per-sample normalisation of `norm` without γ and β."
@@ -126,9 +125,13 @@ def _channel_axis(norm, x):
 def _alignment(z, axis, alpha, eps):
     "Scale and shift, one a channel and shaped to broadcast, that blend `z` with its batch-normalised self."
     channels = z.shape[axis]
-    # the batch-norm kernel's own statistics: on a CPU several times faster than var_mean, and in float32 on a GPU
-    flat = z if axis == 1 else z.reshape(-1, channels) if axis == z.dim() - 1 else z.movedim(axis, 1)
-    _, mean, rstd = torch.native_batch_norm(flat, None, None, None, None, True, 0.0, eps)
+    flat = (z if axis == 1 else z.reshape(-1, channels) if axis == z.dim() - 1 else z.movedim(axis, 1)).float()
+    if torch.is_grad_enabled() and flat.requires_grad:          # an aligned student: the statistics carry gradients too
+        var, mean = torch.var_mean(flat, [d for d in range(flat.dim()) if d != 1], correction=0)
+        rstd = torch.rsqrt(var + eps)
+    else:
+        # the batch-norm kernel's own statistics: on a CPU several times faster than var_mean, but without gradient
+        _, mean, rstd = torch.native_batch_norm(flat, None, None, None, None, True, 0.0, eps)
     shape = [channels if d == axis else 1 for d in range(z.dim())]
     return ((1 - alpha) + alpha * rstd).view(shape), (-alpha * mean * rstd).view(shape)
 
@@ -139,7 +142,7 @@ def _affine(norm, z, axis):
         return p.view([-1 if d == axis else 1 for d in range(z.dim())])
     return shaped(norm.weight), shaped(norm.bias)
 
-# %% ../nbs/02_norms.ipynb #fa130e36
+# %% ../nbs/02_norms.ipynb #30f71bbc
 def _children(net, cond):
     "(parent, attribute, module) of every submodule for which `cond` holds; wrapped layers are not looked into."
     for parent in list(net.modules()):
@@ -150,7 +153,7 @@ def _children(net, cond):
 def align_batch(net, alpha=0.5):
     """Wrap every LayerNorm and GroupNorm of `net` with batch alignment, in place, and return `net`.
 
-    Layers that are wrapped already get the new `alpha` in [0, 1]. ValueError when there is nothing to wrap.
+    A `net` that is itself such a layer comes back wrapped. Layers that are wrapped already get the new `alpha` in [0, 1]. ValueError when there is nothing to wrap.
     Source: NormShift-KD, section 5.1, Algorithm 1.
     """
     alpha = _check_alpha(alpha)
@@ -180,14 +183,14 @@ def unalign(net):
         setattr(parent, name, wrapper.norm)
     return net
 
-# %% ../nbs/02_norms.ipynb #0db9485c
+# %% ../nbs/02_norms.ipynb #76bf51f9
 def resolve_teacher_mode(net, mode="auto"):
     """The mode that `mode` means for `net`: `rs`, `cs` or `aligned`.
 
     `auto` is `aligned` when there are LayerNorms or GroupNorms, else `cs`. A forced `cs` on a network without
     BatchNorm is `rs`, since the two are one computation there; a forced `aligned` needs layers to align (ValueError).
     """
-    _one_of(mode, ("auto", "rs", "cs", "aligned"), "teacher_mode")
+    one_of(mode, ("auto", "rs", "cs", "aligned"), "teacher_mode")
     kinds = norm_kinds(net)
     per_sample = kinds["ln"] + kinds["gn"]
     if mode == "auto": mode = "aligned" if per_sample else "cs"
@@ -200,24 +203,25 @@ def resolve_teacher_mode(net, mode="auto"):
 def teacher_context(net, mode="auto", alpha=0.5):
     """Run `net` as a frozen teacher in `mode` (`auto`, `rs`, `cs`, `aligned`), leaving it afterwards as it was.
 
-    `aligned` means batch alignment with blend factor `alpha` for LN and GN, current statistics for BN.
+    `aligned` means batch alignment with blend factor `alpha` for LN and GN, current statistics for BN. In the other
+    modes layers that came aligned are run without it.
     """
     mode = resolve_teacher_mode(net, mode)
-    with bn_mode(net, "rs" if mode == "rs" else "cs"):
-        with _aligned(net, alpha) if mode == "aligned" else nullcontext():
-            yield net
+    with bn_mode(net, "rs" if mode == "rs" else "cs"), _aligned(net, alpha if mode == "aligned" else 0): yield net
 
 @contextmanager
 def _aligned(net, alpha):
-    "Align for a while; a network that came aligned keeps its wrappers and gets its own factors back."
-    came = [(m, m.alpha) for m in net.modules() if isinstance(m, BatchAligned)]
-    align_batch(net, alpha)
+    "Align for a while: factors that were there come back, wrappers that were not go."
+    came = {m: m.alpha for m in net.modules() if isinstance(m, BatchAligned)}
+    if alpha > 0: align_batch(net, alpha)
+    for m in came: m.alpha = _check_alpha(alpha)
     try: yield net
     finally:
-        if not came: unalign(net)
-        for m, a in came: m.alpha = a
+        for parent, name, wrapper in _children(net, lambda m: isinstance(m, BatchAligned) and m not in came):
+            setattr(parent, name, wrapper.norm)
+        for m, a in came.items(): m.alpha = a
 
-# %% ../nbs/02_norms.ipynb #a40b3908
+# %% ../nbs/02_norms.ipynb #25354fdc
 def group_count(channels, groups=32):
     "Groups for a GroupNorm over `channels`: the largest divisor up to `groups` that leaves two channels or more a group."
     # one channel a group would be InstanceNorm, which erases what a channel says on average
@@ -228,7 +232,7 @@ def make_norm(kind, channels):
 
     All three have 2C parameters, so that parameter counts don't depend on the norm (NormShift-KD, Algorithm 1).
     """
-    _one_of(kind, ("bn", "ln", "gn"), "norm")
+    one_of(kind, ("bn", "ln", "gn"), "norm")
     if kind == "bn": return nn.BatchNorm2d(channels)
     return nn.GroupNorm(1 if kind == "ln" else group_count(channels), channels)
 
@@ -255,7 +259,7 @@ def replace_norm(net, to="ln", fraction=1.0, example=None):
     `example`: a batch to run forward once; by default zeros of the `input_shape` that `create_model` notes on its
     networks, or of 32x32 pixels.
     """
-    _one_of(to, ("bn", "ln", "gn"), "to")
+    one_of(to, ("bn", "ln", "gn"), "to")
     if not 0 <= fraction <= 1: raise ValueError(f"fraction is a share between 0 and 1, not {fraction!r}")
     if to == "bn" or fraction == 0: return []
     if example is None: example = _example(net)
@@ -264,7 +268,8 @@ def replace_norm(net, to="ln", fraction=1.0, example=None):
     for name in names:
         parent, _, leaf = name.rpartition(".")
         old = net.get_submodule(name)
-        new = make_norm(to, old.num_features).to(old.running_mean.device)
+        new = make_norm(to, old.num_features)
+        if old.weight is not None: new.to(old.weight)
         new.eps = old.eps
         if old.affine: new.load_state_dict({"weight": old.weight, "bias": old.bias})
         if isinstance(getattr(old, "act", None), nn.Module): new = nn.Sequential(new, old.act)    # timm's BatchNormAct

@@ -40,7 +40,7 @@ def save_figure(fig, path):
     write_bytes(path, buffer.getvalue())
     return Path(path)
 
-# %% ../nbs/10_plots.ipynb #790640fb
+# %% ../nbs/10_plots.ipynb #923936f3
 def plot_accuracy_by_method(records, methods, chance, value="cs"):
     """Bars of student accuracy by method, a panel for each norm of the teacher; returns the figure.
 
@@ -55,7 +55,7 @@ def plot_accuracy_by_method(records, methods, chance, value="cs"):
     for ax, norm in zip(axes[0], norms):
         part = records[records.norm == norm]
         args = dict(data=part, x="pair", y=value, hue="method", hue_order=methods, ax=ax, legend=False)
-        sns.barplot(**args, palette=palette, errorbar=None, width=0.8)
+        sns.barplot(**args, palette=palette, errorbar=None, width=0.8, saturation=1)
         sns.stripplot(**args, palette=dict.fromkeys(methods, "black"), dodge=True, size=2.5, alpha=0.6, jitter=False)
         for i, (_, pair) in enumerate(part.groupby("pair", sort=False)):
             ax.hlines(pair.teacher_accuracy.mean(), i - 0.45, i + 0.45, color="black", linewidth=1)

@@ -38,7 +38,7 @@ def _test_dir():
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 
-# %% ../nbs/07_runs.ipynb #60b26d0f
+# %% ../nbs/07_runs.ipynb #5a2460e7
 def write_bytes(path, data):
     "Write `data` to `path` whole or not at all (temporary file, fsync, rename)."
     path = Path(path)
@@ -76,7 +76,7 @@ def save_tensors(path, tensors, **meta):
 def load_tensors(path):
     "Read a safetensors file into a dict; a damaged one is a ValueError that names it."
     try: return _st_load(Path(path).read_bytes())
-    except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}): delete it to have it made again") from e
+    except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}): delete its folder to have it made again") from e
 
 def read_meta(path):
     "The string metadata of a safetensors file; a damaged one is a ValueError that names it."
@@ -111,12 +111,12 @@ def _code_tree(source):
             node.body = body[1:] or [ast.Pass()]
     return ast.dump(tree)
 
-# %% ../nbs/07_runs.ipynb #abf18382
+# %% ../nbs/07_runs.ipynb #d76c39d3
 @cache
 def _git(*args):
     here = Path(__file__).parent if "__file__" in globals() else repo_root()      # a notebook has no __file__
     try:
-        out = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10)
+        out = subprocess.run(["git", "-C", str(repo_root(here)), *args], capture_output=True, text=True, timeout=10)
         return out.stdout.strip() if out.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired): return None
 
@@ -146,27 +146,27 @@ def _cpuinfo():
     try: return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError: return []
 
-# %% ../nbs/07_runs.ipynb #d15247ec
+# %% ../nbs/07_runs.ipynb #f9b1f113
 def run_dir(kind, config, label=""):
     "The directory of the run `kind` with `config`: outputs/<kind>/<label>-<hash>."
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
     return outputs_dir() / kind / "-".join(filter(None, (slug, content_key(config))))
 
-def cached(kind, config, make, label="", refresh=False):
+def cached(kind, config, make, label="", files=(), device="cpu"):
     """The record of a run, made at most once: `make(directory)` is called unless a finished one is found.
 
     `config`: JSON-like, everything that the result depends on. `make` writes its files into `directory` and returns a
-    JSON-like record; the record returned here has `directory` and `cached` (bool) added. An unfinished directory is
-    handed to `make` as it is, so that it may resume.
+    JSON-like record; the record returned here has `directory` and `cached` (bool) added. An unfinished directory, or one
+    that lacks one of `files`, is handed to `make` as it is, so that it may resume. `device` is noted in the provenance.
     """
     from filelock import FileLock
     directory = run_dir(kind, config, label)
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / ".lock"):
         done = directory / "done.json"
-        if done.exists() and not refresh: return {**read_json(done), "directory": str(directory), "cached": True}
+        if done.exists() and all((directory / f).exists() for f in files): return {**read_json(done), "directory": str(directory), "cached": True}
         write_json(directory / "params.json", config)
-        began, start = provenance(), time.perf_counter()
+        began, start = provenance(device), time.perf_counter()
         record = make(directory)
         write_json(directory / "provenance.json", {**began, "seconds": round(time.perf_counter() - start, 3), "argv": sys.argv})
         write_json(done, record)

@@ -5,27 +5,27 @@
 # %% auto #0
 __all__ = ['Sampler', 'create_sampler', 'list_samplers', 'rejection_sample', 'BalancedPool']
 
-# %% ../nbs/04_samplers.ipynb #d38c6eac
+# %% ../nbs/04_samplers.ipynb #351f6f1c
 import math
 
 import torch
 
-from .norms import _one_of
+from .config import one_of
 
-# %% ../nbs/04_samplers.ipynb #7085b78c
+# %% ../nbs/04_samplers.ipynb #5507695d
 class Sampler:
     """Noise of one kind: `draw(n, generator=None, device=None)` gives float32 (n, *shape).
 
     `uses_data` tells the ledger whether anything of the real data went into it.
     """
-    def __init__(self, name, shape, sample, uses_data=False):
-        self.name, self.shape, self.sample, self.uses_data = name, tuple(shape), sample, uses_data
+    def __init__(self, name, shape, sample, uses_data=False, about=""):
+        self.name, self.shape, self.sample, self.uses_data, self.about = name, tuple(shape), sample, uses_data, about
 
     def __call__(self, n, generator=None, device=None):
         device = device or (generator.device if generator is not None else "cpu")
         return self.sample((n, *self.shape), generator=generator, device=device)
 
-    def __repr__(self): return f"Sampler({self.name!r}, shape={self.shape})"
+    def __repr__(self): return f"Sampler({self.name!r}, shape={self.shape}{self.about})"       # all that tells two samplers apart
 
 def _gaussian(size, **kw): return torch.randn(size, **kw)
 
@@ -37,7 +37,7 @@ def _ddg(mean, std):
         return torch.randn(size, **kw).mul_(s).add_(m).clamp_(0, 1).sub_(m).div_(s)
     return sample
 
-# %% ../nbs/04_samplers.ipynb #86dd81a5
+# %% ../nbs/04_samplers.ipynb #35bca511
 def create_sampler(name, shape, mean=None, std=None):
     """A sampler of noise images of `shape` (C, H, W).
 
@@ -45,13 +45,14 @@ def create_sampler(name, shape, mean=None, std=None):
     data-dependent Gaussian, pixels N(mean, std²) a channel, clipped to [0, 1], then normalised by the same `mean` and
     `std` ((C,) each, in pixel units of 0 to 1; only this sampler takes them). ValueError on an unknown name or shape.
     """
-    _one_of(name, _SAMPLERS, "sampler")
+    one_of(name, _SAMPLERS, "sampler")
     if len(shape) != 3 or min(shape) < 1: raise ValueError(f"shape must be (channels, height, width), not {tuple(shape)}")
     if name == "ddg":
         if mean is None or std is None: raise ValueError("the ddg sampler needs the data's mean and std, one number a channel")
         mean, std = (torch.as_tensor(t, dtype=torch.float32).flatten() for t in (mean, std))
         if len(mean) != shape[0] or len(std) != shape[0]: raise ValueError(f"mean and std need {shape[0]} channels, not {len(mean)} and {len(std)}")
-        return Sampler(name, shape, _ddg(mean, std), uses_data=True)
+        if not (std > 0).all(): raise ValueError(f"std must be positive in every channel, not {std.tolist()}")
+        return Sampler(name, shape, _ddg(mean, std), uses_data=True, about=f", mean={mean.tolist()}, std={std.tolist()}")
     return Sampler(name, shape, _SAMPLERS[name])
 
 _SAMPLERS = {"gaussian": _gaussian, "uniform": _uniform, "ddg": None}
@@ -60,7 +61,7 @@ def list_samplers():
     "Names that `create_sampler` knows."
     return list(_SAMPLERS)
 
-# %% ../nbs/04_samplers.ipynb #2bd5ea3b
+# %% ../nbs/04_samplers.ipynb #c768a036
 def _fair_order(labels, priority, class_order):
     """Indices into `labels`, the fairest first: by rank within the class, ranks by `priority`, ties by `class_order`.
 
@@ -78,6 +79,7 @@ def _fair_order(labels, priority, class_order):
 
 def _check_pool(labels, batch_size, num_classes):
     if labels.dim() != 1: raise ValueError(f"labels must be one label a sample, (N,), not {tuple(labels.shape)}")
+    if len(labels) == 0: raise ValueError("rejection sampling needs a pool of labels, and this one is empty")
     if not 1 <= batch_size <= len(labels):
         raise ValueError(f"a batch of {batch_size} can't be drawn from {len(labels)} labels: batch_size must be between 1 and {len(labels)}")
     # looking at values would make a GPU wait; there an index out of range fails in scatter_add_

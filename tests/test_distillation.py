@@ -66,7 +66,7 @@ def test_the_global_random_state_is_left_alone():
 
 def test_a_student_that_explodes_is_stopped_at_its_step_and_the_checkpoint_stays(tmp_path):
     cfg = SHORT.replace(steps=50, eval_every=50, checkpoint_every=1, lr=1e18)
-    with pytest.raises(FloatingPointError, match=r"^step \d+: the loss is (nan|inf) because the student's logits are not finite") as e:
+    with pytest.raises(FloatingPointError, match=r"^step \d+: the student's (logits|weights) are not finite") as e:
         distill(teacher(), student(), cfg, tmp_path, progress=False)
     assert (tmp_path/"checkpoint.safetensors").exists() and not (tmp_path/"result.json").exists()
     with pytest.raises(FloatingPointError) as again:                     # resumed, it fails at the same step
@@ -99,7 +99,7 @@ def test_a_schedule_that_looks_at_labels_says_so():
 
 
 def test_plateau_follows_the_distillation_loss():
-    cfg = SHORT.replace(steps=40, eval_every=1, plateau_patience=0, plateau_factor=0.5)
+    cfg = SHORT.replace(steps=14, eval_every=1, plateau_patience=0, plateau_factor=0.5)
     history = distill(teacher(), student(), cfg, progress=False).history
     best, lr = float("inf"), cfg.lr
     for row in history.itertuples():
@@ -116,3 +116,64 @@ def test_workers_do_not_change_results(tmp_path, monkeypatch):
         monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path/str(workers)))
         found.append(run_cells(table_cells(p), workers).drop(columns=["seconds", "directory", "cached"]))
     pd.testing.assert_frame_equal(*found, check_exact=True)
+
+
+@pytest.mark.parametrize("loss", ["kd", "pseudo_label"])
+def test_a_nan_teacher_is_named_whatever_the_loss(loss):
+    broken = teacher()
+    broken.fc.weight.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 0: the teacher's logits are not finite"):
+        distill(broken, student(), SHORT.replace(loss=loss), progress=False)
+
+
+def test_a_run_directory_knows_what_its_numbers_depend_on(tmp_path):
+    ds = load_dataset("digits")
+    data = (ds.test_images[:100], ds.test_labels[:100])
+    run = lambda **kw: distill(**{**dict(teacher=teacher(), student=student(), cfg=SHORT, run_dir=tmp_path/"r", test_data=data, progress=False), **kw})
+    done = run()
+    assert run().accuracy == done.accuracy                                          # a finished run comes back
+    assert run(cfg=SHORT.replace(alpha=0.1)).accuracy == done.accuracy              # alpha has no part with a BN teacher
+    for kw, what in ((dict(test_data=None), "test_data"), (dict(student=student(5)), "student"), (dict(teacher=teacher(seed=3)), "teacher"),
+                     (dict(cfg=SHORT.replace(tau=2)), "tau"), (dict(sampler=create_sampler("ddg", (1, 8, 8), [.3], [.4])), "noise")):
+        with pytest.raises(ValueError, match=f"another {what} "): run(**kw)
+
+
+def test_a_budget_in_a_loop_gets_there_with_the_same_student(tmp_path):
+    cfg, net, states = SHORT.replace(budget_seconds=1e-9), student(), []
+    while not states or states[-1] == "unfinished":
+        result = distill(teacher(), net, cfg, tmp_path, progress=False)
+        states.append(result.state)
+    assert states == ["unfinished"] * 3 + ["finished"]
+    assert tensors_key(net.state_dict()) == tensors_key(distill(teacher(), student(), SHORT, progress=False).student.state_dict())
+
+
+KILLED = """
+import os, signal, sys
+from test_distillation import *
+import nskd.distillation as d
+take = d._Job.take_step
+def step(job):
+    if job.step == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)
+    take(job)
+d._Job.take_step = step
+distill(teacher(), student(), SHORT.replace(steps=8, checkpoint_every=1), sys.argv[1], progress=False)
+"""
+
+
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, repo):
+    import os, signal, subprocess, sys
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(repo/"tests"), str(repo)])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "5"], env=env)
+    assert killed.returncode == -signal.SIGKILL and (tmp_path/"checkpoint.safetensors").exists()
+    cfg = SHORT.replace(steps=8)
+    resumed = distill(teacher(), student(), cfg, tmp_path, progress=False)
+    assert tensors_key(resumed.student.state_dict()) == tensors_key(distill(teacher(), student(), cfg, progress=False).student.state_dict())
+
+
+def test_bad_test_data_is_refused_before_the_run(tmp_path):
+    x, y = torch.zeros(6, 1, 8, 8), torch.zeros(6, dtype=torch.long)
+    for data, recal in (((x[:, :, :4], y), None), ((x, y.float()), None), ((x, y - 1), None), ((x[:0], y[:0]), None), ((x, y), x[:, :, :4])):
+        with pytest.raises(ValueError) as e:
+            distill(teacher(), student(), SHORT, tmp_path/"run", test_data=data, recal_images=recal, progress=False)
+        assert "\n" not in str(e.value)
+    assert not (tmp_path/"run").exists()

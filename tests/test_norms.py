@@ -125,3 +125,55 @@ def test_replacing_from_the_output_by_quarters(name, layers):
     first = {"r34": "bn1", "wrn28": "blocks.0.norm1", "mv2": "stem.1"}[name]
     last = {"r34": "layer4.2.bn2", "wrn28": "norm", "mv2": "head.1"}[name]
     assert replaced[-1] == first and replaced[0] == last
+
+
+def test_gradients_of_alignment_include_its_statistics():
+    torch.manual_seed(0)
+    for norm, shape in ((nn.GroupNorm(2, 4), (3, 4, 2, 2)), (nn.LayerNorm(4), (3, 2, 4))):
+        for alpha in (0.5, 1.0):
+            layer = align_batch(copy.deepcopy(norm), alpha)
+            x = torch.randn(shape)
+            def f(t): return layer(t).square().sum() + layer(t)[0].sum()
+            x.requires_grad_()
+            (grad,) = torch.autograd.grad(f(x), x)
+            direction, step = torch.randn(shape), 1e-2
+            numeric = (f(x + step * direction) - f(x - step * direction)) / (2 * step)
+            assert (grad * direction).sum().item() == pytest.approx(numeric.item(), rel=2e-2, abs=2e-2)
+
+
+def test_alignment_is_not_bypassed_by_the_fused_transformer_layer():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(4, 5, 16)
+    with torch.no_grad():
+        plain = layer(x)
+        assert not torch.allclose(align_batch(layer, 1)(x), plain, atol=1e-3)
+        torch.testing.assert_close(unalign(layer)(x), plain)
+
+
+def test_a_teacher_that_came_aligned_is_plain_in_the_other_modes():
+    net, x = net_of("wrn16", "ln"), torch.randn(4, 3, 16, 16)
+    with teacher_context(net, "rs"), torch.no_grad(): plain = net(x)
+    align_batch(net, 0.7)
+    with teacher_context(net, "rs"), torch.no_grad(): assert torch.equal(net(x), plain)
+    with teacher_context(net, "aligned", 0.2): assert {m.alpha for m in net.modules() if hasattr(m, "alpha")} == {0.2}
+    assert {m.alpha for m in net.modules() if hasattr(m, "alpha")} == {0.7}
+
+
+def test_a_partly_aligned_teacher_comes_back_partly_aligned():
+    net = net_of("wrn16", "ln")
+    net.norm = align_batch(net.norm, 0.3)
+    with teacher_context(net, "aligned", 0.5): assert norm_kinds(net)["aligned"] == norm_kinds(net)["ln"]
+    assert norm_kinds(net)["aligned"] == 1 and net.norm.alpha == 0.3
+
+
+def test_names_of_layer_norms_on_nchw():
+    from timm.layers import LayerNorm2d, LayerNorm2dFp32
+    for kind in (LayerNorm2d, LayerNorm2dFp32):
+        y = align_batch(kind(5), 1)(torch.randn(16, 5, 5, 5) * 3 + torch.arange(5.).view(5, 1, 1))
+        assert y.mean((0, 2, 3)).abs().max() < 1e-5
+
+
+def test_replacing_norms_without_statistics_or_in_another_precision():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).bfloat16()
+    replace_norm(net, "ln")
+    assert norm_kinds(net)["ln"] == 1 and net[1].weight.dtype == torch.bfloat16

@@ -222,3 +222,12 @@ def test_wheel_holds_the_modules_and_the_licence(tmp_path):
     assert any(n.endswith("licenses/LICENSE") for n in names)
     entry = next(n for n in names if n.endswith("entry_points.txt"))
     assert "nskd = nskd._modidx:d" in zipfile.ZipFile(wheel).read(entry).decode()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_no_syntax_newer_than_the_oldest_python(path):
+    "Python 3.10 knows no star in a subscript; what else is newer, its own parser's feature_version rejects."
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+    starred = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Tuple)
+               and any(isinstance(e, ast.Starred) for e in n.slice.elts)]
+    assert not starred, f"a[*b] in lines {starred}"

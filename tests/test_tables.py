@@ -38,7 +38,7 @@ def test_smoke_runs_succeed_and_leave_their_results(runs):
     for folder, name in (("a", "table2-wrn28"), ("four", "table4-wrn28")):
         assert done[folder].returncode == 0, done[folder].stderr[-2000:]
         found = {p.name for p in (base/folder/name).iterdir()}
-        assert found == {"records.csv", "table.csv", "claims.json", "results.json", "figure.png"}
+        assert found == {"records.csv", "table.csv", "claims.json", "summary.md", "results.json", "figure.png"}
         claims = json.loads((base/folder/name/"claims.json").read_text())
         assert len(claims) == 11 and {c["verdict"] for c in claims} <= {"holds", "fails", "inconclusive"}
         results = json.loads((base/folder/name/"results.json").read_text())
