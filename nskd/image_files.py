@@ -185,7 +185,7 @@ class _Files:
                 bar.update(len(idx))
         return out
 
-# %% ../nbs/01b_image_files.ipynb #d2d78569
+# %% ../nbs/01b_image_files.ipynb #ff25ae88
 def _seal(about, ds):
     "A checksum over all that a cache file holds: the tensors, by way of the fingerprint, and the words about them."
     return hashlib.sha256((about + ds.fingerprint).encode()).hexdigest()
@@ -200,6 +200,7 @@ def _store(ds, cache):
         cache.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".part")
         os.close(handle)
+        os.chmod(temporary, 0o644)                # mkstemp's own mode would lock others out of a shared cache
         save_file({**tensors, "mean": ds.mean, "std": ds.std}, temporary,
                   {"nskd": json.dumps([about, _seal(about, ds)])})
         os.replace(temporary, cache)
