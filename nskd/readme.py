@@ -62,7 +62,7 @@ def _shown(cell, folder):
         for kind in {"text/html", "text/markdown"} & set(data): data[kind] = _relink(data[kind], folder)
     return cell if cell.source or cell.outputs else None
 
-# %% ../nbs/12_readme.ipynb #2bcfcbe8
+# %% ../nbs/12_readme.ipynb #4f092b4a
 def render_readme(index) -> str:
     """README.md's text, from the notebook `index`.
 
@@ -81,6 +81,7 @@ def render_readme(index) -> str:
     kinds = ["text/markdown", "text/html", "text/latex", "text/plain"]
     exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": kinds}}))
     text = exporter.from_notebook_node(notebook)[0]
+    text = re.sub(r"```python\s*```\n*", "", text)                 # cells of which only the output is shown
     # A block that prints nothing leaves empty lines behind; inside code they mean something.
     text = _outside_code(text, lambda part: re.sub(r"\n\s*\n", "\n\n", part))
     source = f"{index.parent.name}/{index.name}"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TeacherRecipe', 'teacher_recipe', 'augment', 'threads', 'pick_threads', 'train_teacher']
 
-# %% ../nbs/08_teachers.ipynb #54944171
-import math, time
+# %% ../nbs/08_teachers.ipynb #79cf1af9
+import math, re, time
 from contextlib import contextmanager
 from typing import Literal
 
@@ -21,9 +21,10 @@ from .models import create_model, _whole
 from .norms import replace_norm
 from .runs import cached, code_key, load_tensors, save_tensors, tensors_key, versions
 
-# %% ../nbs/08_teachers.ipynb #94461e18
+# %% ../nbs/08_teachers.ipynb #9b6193d4
 class TeacherRecipe(Config):
     "How a teacher is trained; `teacher_recipe` picks one for a data set."
+    optimiser: Literal["sgd", "adamw"] = "sgd"         # momentum is SGD's alone
     epochs: int = Field(40, ge=1)
     batch_size: int = Field(128, ge=2)
     lr: float = Field(0.1, gt=0)
@@ -36,9 +37,16 @@ class TeacherRecipe(Config):
     clip: float = Field(1.0, gt=0)                     # gradient norm; deep LN CNNs need it in the first epochs
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
-def teacher_recipe(ds):
-    "The recipe for data set `ds`: less than a minute of CPU for the tiny images, the literature's 200 epochs from 24 pixels up."
-    if min(ds.shape[1:]) >= 24: return TeacherRecipe(epochs=200, shift=4, flip=ds.channels == 3)
+def teacher_recipe(ds, name=""):
+    """The recipe for data set `ds`: less than a minute of CPU for tiny images, the literature's 200 epochs from 24 pixels up.
+
+    `name`: of the network; transformers (ViT, DeiT, Swin) are trained with AdamW.
+    """
+    large = min(ds.shape[1:]) >= 24
+    if re.search("vit|deit|swin", name):
+        adamw = TeacherRecipe(optimiser="adamw", lr=2e-3, weight_decay=0.05, batch_size=64, epochs=15 if "swin" in name else 25)
+        return adamw.replace(epochs=200, lr=5e-4, batch_size=128, shift=4, flip=ds.channels == 3) if large else adamw
+    if large: return TeacherRecipe(epochs=200, shift=4, flip=ds.channels == 3)
     if len(ds.train_labels) > 5000: return TeacherRecipe(epochs=8)
     return TeacherRecipe()
 
@@ -56,7 +64,7 @@ def augment(images, shift, flip, generator):
         images = torch.where(mirrored, images.flip(3), images)
     return images
 
-# %% ../nbs/08_teachers.ipynb #48f1963b
+# %% ../nbs/08_teachers.ipynb #4bf4a7a5
 @contextmanager
 def threads(n):
     "Run with `n` threads, and then with as many as before."
@@ -73,7 +81,9 @@ def _fit(net, ds, recipe, seed, device, progress):
     "Train `net` in place; a generator per run, so that the same seed gives the same bits."
     g = torch.Generator().manual_seed(seed)
     net.to(device, memory_format=torch.channels_last).train()
-    opt = torch.optim.SGD(_decayed(net, recipe.weight_decay), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0)
+    groups = _decayed(net, recipe.weight_decay)
+    opt = (torch.optim.AdamW(groups, recipe.lr) if recipe.optimiser == "adamw"
+           else torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0))
     batch_size = min(recipe.batch_size, len(ds.train_labels))
     total = recipe.epochs * (len(ds.train_labels) // batch_size)
     ramp = max(1, recipe.warmup * total)
@@ -101,7 +111,7 @@ def _decayed(net, weight_decay):
     rest = [p for p in net.parameters() if p.dim() <= 1]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
-# %% ../nbs/08_teachers.ipynb #76b54ca3
+# %% ../nbs/08_teachers.ipynb #98943cf4
 def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction=1.0, device="auto", progress=True):
     """A trained classifier for data set `ds`, from the cache if it was trained before; in evaluation mode.
 
@@ -111,7 +121,7 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     `directory`. Deterministic for a seed, machine and thread count. ValueError before anything is written when a name or
     a value is wrong; FloatingPointError when training diverges.
     """
-    recipe, device = recipe or teacher_recipe(ds), pick_device(device)
+    recipe, device = recipe or teacher_recipe(ds, name), pick_device(device)
     model = dict(name=name, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, norm=norm, width=_whole(width))
     n_threads = pick_threads(ds.shape, device)
     config = {"model": model, "fraction": fraction, "data": ds.fingerprint, "seed": seed, "device": device.type, "threads": n_threads,
