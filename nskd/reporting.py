@@ -23,7 +23,7 @@ from .plots import NAMES, save_figure
 from .runs import claim, outputs_dir, provenance, read_json, repo_root, write_bytes, write_json
 from .samplers import create_sampler
 
-# %% ../nbs/11b_reporting.ipynb #3b57cf09
+# %% ../nbs/11b_reporting.ipynb #d9c950ba
 def mean_se(values):
     "Mean and standard error of a sequence; the error is NaN for a single value."
     v = np.asarray(values, float)
@@ -39,14 +39,15 @@ def interval(values, confidence=0.95):
 
 MIN_SEEDS = 5
 
-def judge(values, above=None, below=None):
+def judge(values, above=None, below=None, unit=""):
     """Whether per-seed `values` lie above (or below) a threshold: True, False, or None where the interval contains it.
 
-    Returns (verdict, evidence). Fewer than `MIN_SEEDS` seeds decide nothing. The interval is that of `interval`.
+    Returns (verdict, evidence). Fewer than `MIN_SEEDS` seeds decide nothing. The interval is that of `interval`; `unit`: of
+    the values, for display, such as "points" (differences of percentages).
     """
     if (above is None) == (below is None): raise ValueError("judge takes one threshold, above= or below=")
     e = interval(values)
-    e["threshold"] = {"above": above} if above is not None else {"below": below}
+    e |= {"threshold": {"above": above} if above is not None else {"below": below}, "unit": unit}
     low, high, t = (e["low"], e["high"], above) if above is not None else (-e["high"], -e["low"], -below)
     if e["n"] < MIN_SEEDS: return None, {**e, "note": f"{MIN_SEEDS} seeds are needed for a verdict: -p seeds {MIN_SEEDS}"}
     return (True if low > t else False if high < t else None), e
@@ -56,7 +57,7 @@ def per_seed(records, value="cs", **where):
     for column, wanted in where.items(): records = records[records[column].isin(wanted if isinstance(wanted, (list, tuple)) else [wanted])]
     return records.groupby("seed")[value].mean()
 
-# %% ../nbs/11b_reporting.ipynb #2e5d9f06
+# %% ../nbs/11b_reporting.ipynb #80f6f500
 def table_claims(records, table, logit_gap=None):
     """The claims that the paper makes with Table 2 (and again with Table 4), judged on `records`.
 
@@ -65,13 +66,13 @@ def table_claims(records, table, logit_gap=None):
     """
     has = lambda norm, *methods: set(methods) <= set(records[records.norm == norm].method)
     acc = lambda norm, method: per_seed(records, norm=norm, method=method)
-    relative = lambda norm, method: per_seed(records.assign(share=records.cs / records.teacher_accuracy), "share", norm=norm, method=method)
+    relative = lambda norm, method: per_seed(records.assign(share=100 * records.cs / records.teacher_accuracy), "share", norm=norm, method=method)
     source, found = f"NormShift-KD, Table {table.removeprefix('table')} and section 6.1", []
     def add(id, statement, verdict, evidence): found.append(claim(f"{table}.{id}", statement, source, verdict, evidence))
     def versus(id, statement, norm, better, worse):
-        if has(norm, better, worse): add(id, statement, *judge(acc(norm, better) - acc(norm, worse), above=0))
+        if has(norm, better, worse): add(id, statement, *judge(acc(norm, better) - acc(norm, worse), above=0, unit="points"))
     def fails(id, statement, norm, method):
-        if has(norm, method): add(id, statement, *judge(relative(norm, method), below=0.5))
+        if has(norm, method): add(id, statement, *judge(relative(norm, method), below=50, unit="% of the teacher's"))
 
     fails("rs-fails-bn", "A BN teacher in RS mode teaches little from noise: the student stays below half of its accuracy", "bn", "gaussian_rs")
     versus("cs-repairs", "Current statistics repair it: Gaussian + CS beats Gaussian + RS with a BN teacher", "bn", "gaussian_cs", "gaussian_rs")
@@ -84,10 +85,10 @@ def table_claims(records, table, logit_gap=None):
     fails("ln-ddg-fails", "Data-dependent Gaussian noise does not rescue an LN teacher: the student stays below half of its accuracy", "ln", "ddg")
     versus("alignment-restores", "Batch alignment with rejection sampling restores it: NormShift-KD beats plain noise with an LN teacher", "ln", "normshift", "gaussian_cs")
     if has("ln", "normshift"):
-        add("ln-transfers", "With NormShift-KD an LN teacher's student reaches more than half of its teacher's accuracy", *judge(relative("ln", "normshift"), above=0.5))
+        add("ln-transfers", "With NormShift-KD an LN teacher's student reaches more than half of its teacher's accuracy", *judge(relative("ln", "normshift"), above=50, unit="% of the teacher's"))
     if has("bn", "normshift") and has("ln", "normshift"):
         add("bn-ln-gap", "A gap remains: NormShift-KD's students of BN teachers are better than those of LN teachers",
-            *judge(acc("bn", "normshift") - acc("ln", "normshift"), above=0))
+            *judge(acc("bn", "normshift") - acc("ln", "normshift"), above=0, unit="points"))
     return found
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def context_gap(cells, norm="ln", n=64):
         gaps += [(z - answers[0]).abs().max().item() for z in answers[1:]]
     return max(gaps, default=None)
 
-# %% ../nbs/11b_reporting.ipynb #9a146125
+# %% ../nbs/11b_reporting.ipynb #acb6d7cb
 def _pair(teacher, student):
     return f"{NAMES.get(teacher, teacher)} → {NAMES.get(student, student)}"
 
@@ -117,8 +118,8 @@ def accuracy_table(records, paper, methods, value="cs"):
 
     `paper`: {(norm, teacher, student): {method: percent, "teacher": percent}}; a dash where it has no number.
     """
-    columns = {}
-    for (norm, t, s), part in records.groupby(["norm", "teacher", "student"], sort=False):
+    columns, norms = {}, list(dict.fromkeys(records.norm))
+    for (norm, t, s), part in sorted(records.groupby(["norm", "teacher", "student"], sort=False), key=lambda g: norms.index(g[0][0])):
         theirs = paper.get((norm, t, s), {})
         show = lambda v: "–" if v is None else f"{v:.2f}"
         cell = lambda v: f"{v[0]:.1f}" + ("" if np.isnan(v[1]) else f" ± {v[1]:.1f}")
@@ -129,8 +130,8 @@ def accuracy_table(records, paper, methods, value="cs"):
 
 def modes_table(records):
     "Last and best checkpoint in all three BN modes, mean over seeds, percent: one row a cell."
-    keys = ["norm", "teacher", "student", "method"]
-    mean = records.groupby(keys, sort=False)[["cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "balance_targets"]].mean().reset_index()
+    keys, norms = ["norm", "teacher", "student", "method"], list(dict.fromkeys(records.norm))
+    mean = records.sort_values("norm", key=lambda n: n.map(norms.index), kind="stable").groupby(keys, sort=False)[["cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "balance_targets"]].mean().reset_index()
     rows = {("", "teacher"): mean.norm.map(lambda n: NAMES.get(n, n)), ("", "pair"): [_pair(t, s) for t, s in zip(mean.teacher, mean.student)],
             ("", "method"): mean.method.map(lambda m: NAMES.get(m, m))}
     for which, prefix in (("last checkpoint", ""), ("best by test accuracy in CS", "best_")):
@@ -143,9 +144,11 @@ def claims_table(claims):
     "Claims as a DataFrame to look at: verdict, statement, and the interval that decided."
     def evidence(e):
         if "mean" not in e: return ", ".join(f"{k.replace('_', ' ')} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in e.items())
-        num = lambda v: "–" if v is None else f"{v:+.2f}"
-        effect = "" if e.get("effect_size") is None else f", d = {e['effect_size']:.1f}"
-        return f"{num(e['mean'])} [{num(e['low'])}, {num(e['high'])}], n = {e['n']}{effect}"
+        unit = e.get("unit", "")
+        num = lambda v: "–" if v is None or np.isnan(v) else f"{v:.3g}" if unit.startswith("%") else f"{v:+.2f}"
+        # the effect size is that of a difference from 0
+        effect = f", d = {e['effect_size']:.1f}" if not unit.startswith("%") and e.get("effect_size") is not None else ""
+        return f"{num(e['mean'])}{unit and ' ' + unit} [{num(e['low'])}, {num(e['high'])}], n = {e['n']}{effect}"
     return pd.DataFrame([{"verdict": c["verdict"], "claim": c["statement"], "mean [95 % interval]": evidence(c["evidence"])} for c in claims])
 
 _VERDICT_COLOURS = {"holds": "#009E73", "fails": "#D55E00", "inconclusive": "#777777"}
@@ -158,12 +161,18 @@ def styled(table):
     elif isinstance(table.index, pd.RangeIndex): style = style.hide(axis="index")
     return style.set_properties(**{"text-align": "left"}).set_table_styles([{"selector": "th", "props": "text-align: left"}])
 
-# %% ../nbs/11b_reporting.ipynb #66c9eff6
+# %% ../nbs/11b_reporting.ipynb #365081dd
 def markdown_table(table):
-    "A table of `accuracy_table` as Markdown for the README: measured values, the paper's in brackets."
-    groups = list(dict.fromkeys(c[:2] for c in table.columns))
-    rows = [["", *(f"{norm}, {pair}" for norm, pair in groups)], ["---"] * (len(groups) + 1)]
-    for label, row in table.iterrows(): rows.append([label, *(f"{row[(*g, 'measured')]} ({row[(*g, 'paper')]})" for g in groups)])
+    "A table as Markdown for the README and the terminal; of `accuracy_table`, the paper's values go in brackets."
+    if table.columns.nlevels == 3 and set(table.columns.get_level_values(2)) == {"measured", "paper"}:
+        groups = list(dict.fromkeys(c[:2] for c in table.columns))
+        rows = [["", *(f"{norm}, {pair}" for norm, pair in groups)], ["---"] * (len(groups) + 1)]
+        for label, row in table.iterrows(): rows.append([label, *(f"{row[(*g, 'measured')]} ({row[(*g, 'paper')]})" for g in groups)])
+    else:
+        flat = table if isinstance(table.index, pd.RangeIndex) else table.reset_index()
+        head = [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat.columns]
+        show = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
+        rows = [head, ["---"] * len(head), *([show(v) for v in row] for row in flat.itertuples(index=False))]
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
 def markdown_claims(claims):
@@ -171,24 +180,25 @@ def markdown_claims(claims):
     rows = [(f"**{r.verdict}**", r.claim, r[3]) for r in claims_table(claims).itertuples()]
     return "\n".join("| " + " | ".join(r) + " |" for r in [("verdict", "claim", "mean [95 % interval]"), ("---",) * 3, *rows])
 
-# %% ../nbs/11b_reporting.ipynb #3a9fe288
+# %% ../nbs/11b_reporting.ipynb #ce34902a
 def write_results(name, parameters, records, table, claims, figure=None):
     """Write a table's results to outputs/<name>/ (digits) or outputs/<name>-<dataset>/; a DataFrame of files and what they hold.
 
-    records.csv (one row a cell), table.csv, claims.json, summary.md (both as text), results.json (parameters and
+    records.csv (one row a cell, or a measurement), table.csv, claims.json, summary.md (both as text), results.json (parameters and
     provenance), figure.png.
     """
-    if not parameters.dataset.startswith("digits"): name = f"{name}-{re.sub('[^A-Za-z0-9]+', '-', os.path.basename(parameters.dataset)).strip('-')}"
+    dataset = getattr(parameters, "dataset", "digits")
+    if not dataset.startswith("digits"): name = f"{name}-{re.sub('[^A-Za-z0-9]+', '-', os.path.basename(dataset)).strip('-')}"
     directory = outputs_dir() / name
-    tidy = records.assign(directory=[os.path.relpath(d, outputs_dir()) for d in records.directory])
+    tidy = records
+    if "directory" in records: tidy = records.assign(directory=[os.path.relpath(d, outputs_dir()) for d in records.directory])
     write_bytes(directory / "records.csv", tidy.round(4).to_csv(index=False).encode())
     write_bytes(directory / "table.csv", table.to_csv().encode())
     write_bytes(directory / "summary.md", f"{markdown_table(table)}\n\n{markdown_claims(claims)}\n".encode())
     write_json(directory / "claims.json", claims)
-    write_json(directory / "results.json", {
-        "parameters": parameters.model_dump(), "provenance": provenance(pick_device(parameters.device)),
-        "seconds_of_all_students": float(records.drop_duplicates("directory").seconds.sum())})
-    files = {"records.csv": "one row a cell", "table.csv": "the table above", "claims.json": "claims and verdicts", "summary.md": "table and claims as text", "results.json": "parameters and provenance"}
+    spent = {"seconds_of_all_students": float(records.drop_duplicates("directory").seconds.sum())} if "directory" in records else {}
+    write_json(directory / "results.json", {"parameters": parameters.model_dump(), "provenance": provenance(pick_device(parameters.device)), **spent})
+    files = {"records.csv": "one row a cell or a measurement", "table.csv": "the table above", "claims.json": "claims and verdicts", "summary.md": "table and claims as text", "results.json": "parameters and provenance"}
     if figure is not None: save_figure(figure, directory / "figure.png"); files["figure.png"] = "the picture above"
     shown = os.path.relpath(directory, repo_root()) if directory.is_relative_to(repo_root()) else directory
     return pd.DataFrame([(f"{shown}/{f}", what) for f, what in files.items()], columns=["file", "what"])
