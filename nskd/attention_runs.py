@@ -64,7 +64,7 @@ class AttentionJob(Config):
         if isinstance(self.p.width, float): return self.p.width
         return NARROW_TRANSFORMERS.get(self.model) if self.p.width == "narrow" else None
 
-# %% ../nbs/15b_attention_runs.ipynb #b86c343c
+# %% ../nbs/15b_attention_runs.ipynb #bb02a226
 def _network(job, ds):
     "The network of a job: trained here, or timm's own weights."
     p = job.p
@@ -75,6 +75,7 @@ def _network(job, ds):
         recipe = teacher_recipe(ds, name=job.model)
         if p.teacher_epochs: recipe = recipe.replace(epochs=p.teacher_epochs)
         return train_teacher(job.model, ds, width=job.width(), seed=job.seed, recipe=recipe, device=p.device, progress=False)
+    import nskd.vision                            # before timm, which imports torchvision
     import timm
     net = timm.create_model(job.model.removeprefix("timm:"), pretrained=True).eval().to(pick_device(p.device))
     net.record = {"key": tensors_key(net.state_dict()), "accuracy": {"rs": math.nan}, "seconds": 0.0}

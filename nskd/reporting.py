@@ -109,7 +109,7 @@ def context_gap(cells, norm="ln", n=64):
         gaps += [(z - answers[0]).abs().max().item() for z in answers[1:]]
     return max(gaps, default=None)
 
-# %% ../nbs/11b_reporting.ipynb #acb6d7cb
+# %% ../nbs/11b_reporting.ipynb #11962575
 def _pair(teacher, student):
     return f"{NAMES.get(teacher, teacher)} → {NAMES.get(student, student)}"
 
@@ -124,8 +124,8 @@ def accuracy_table(records, paper, methods, value="cs"):
         show = lambda v: "–" if v is None else f"{v:.2f}"
         cell = lambda v: f"{v[0]:.1f}" + ("" if np.isnan(v[1]) else f" ± {v[1]:.1f}")
         head = (NAMES.get(norm, norm), _pair(t, s))
-        columns[(*head, "measured")] = [cell(mean_se(part.drop_duplicates("seed").teacher_accuracy)), *(cell(mean_se(part[part.method == m][value])) for m in methods)]
-        columns[(*head, "paper")] = [show(theirs.get(m)) for m in ("teacher", *methods)]
+        columns[head + ("measured",)] = [cell(mean_se(part.drop_duplicates("seed").teacher_accuracy)), *(cell(mean_se(part[part.method == m][value])) for m in methods)]
+        columns[head + ("paper",)] = [show(theirs.get(m)) for m in ("teacher", *methods)]
     return pd.DataFrame(columns, index=["teacher itself", *(NAMES.get(m, m) for m in methods)])
 
 def modes_table(records):
@@ -137,7 +137,7 @@ def modes_table(records):
     for which, prefix in (("last checkpoint", ""), ("best by test accuracy in CS", "best_")):
         for m in ("cs", "rs", "recal"): rows[which, m.upper()] = mean[prefix + m].round(1)
     rows["best by test accuracy in CS", "step"] = mean.best_step.round().astype(int)
-    rows["balance", "targets"] = mean.balance_targets.round(3)
+    rows["balance", "targets"] = [f"{b:.3f}" for b in mean.balance_targets]
     return pd.DataFrame(rows)
 
 def claims_table(claims):
@@ -161,13 +161,13 @@ def styled(table):
     elif isinstance(table.index, pd.RangeIndex): style = style.hide(axis="index")
     return style.set_properties(**{"text-align": "left"}).set_table_styles([{"selector": "th", "props": "text-align: left"}])
 
-# %% ../nbs/11b_reporting.ipynb #365081dd
+# %% ../nbs/11b_reporting.ipynb #0224e328
 def markdown_table(table):
     "A table as Markdown for the README and the terminal; of `accuracy_table`, the paper's values go in brackets."
     if table.columns.nlevels == 3 and set(table.columns.get_level_values(2)) == {"measured", "paper"}:
         groups = list(dict.fromkeys(c[:2] for c in table.columns))
         rows = [["", *(f"{norm}, {pair}" for norm, pair in groups)], ["---"] * (len(groups) + 1)]
-        for label, row in table.iterrows(): rows.append([label, *(f"{row[(*g, 'measured')]} ({row[(*g, 'paper')]})" for g in groups)])
+        for label, row in table.iterrows(): rows.append([label, *(f"{row[g + ('measured',)]} ({row[g + ('paper',)]})" for g in groups)])
     else:
         flat = table if isinstance(table.index, pd.RangeIndex) else table.reset_index()
         head = [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat.columns]

@@ -93,7 +93,7 @@ def selfless_head(d_k, dim, generator=None):
     turn = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)] * (d_k // 2))
     return w_q, turn @ w_q
 
-# %% ../nbs/15c_theory_runs.ipynb #3d4c7a5e
+# %% ../nbs/15c_theory_runs.ipynb #e410acd8
 def _train(name, ds, p, seed, norm=None):
     recipe = teacher_recipe(ds, name)
     if p.teacher_epochs: recipe = recipe.replace(epochs=p.teacher_epochs)
@@ -121,7 +121,7 @@ def measure_theory(job):
         conditional = check_theorem_72(simulate_rows(*selfless_head(16, 48, g), n=3, draws=2 * p.draws, sigma=p.sigma, generator=g), p.delta, p.constant)
         return {"heads": heads, "conditional": conditional, "shift": _shift(cnn, x, g), "proposition": _proposition(cnn, ds, p, job.seed, g)}
 
-    record = cached("theory", config, make, label=f"{p.model}-{ds.name}-{job.seed}")
+    record = cached("theory_runs", config, make, label=f"{p.model}-{ds.name}-{job.seed}")
     return {**record, "accuracy": {"vit": vit.record["accuracy"]["rs"], "cnn": cnn.record["accuracy"]["rs"]},
             "seconds": vit.record["seconds"] + cnn.record["seconds"]}
 

@@ -37,7 +37,7 @@ def test_what_does_not_depend_on_training_has_its_verdict_at_once(runs):
     verdict = {c["id"]: c["verdict"] for c in json.loads((runs[0]/"theory/claims.json").read_text())}
     for id in ("lemma-7.1-moments", "lemma-7.1-conditional", "lemma-b1", "weight-bounds", "shift-rs", "shift-layers", "shift-cs", "prop-5.1-finite", "prop-5.1-zero"):
         assert verdict[f"theory.{id}"] == "holds", id
-    for id in ("a1-holds-untrained", "a1-holds-trained", "shift-cs-any-input"): assert verdict[f"theory.{id}"] == "fails", id
+    assert verdict["theory.shift-cs-any-input"] == "fails"          # (A1) fails as well, but over five seeds
 
 
 def test_table_9_measures_nothing_that_table_8_has_measured(runs):
