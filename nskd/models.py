@@ -107,7 +107,7 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x): return self.fc(self.head(self.blocks(self.stem(x))).mean((2, 3)))
 
-# %% ../nbs/03_models.ipynb #4867a970
+# %% ../nbs/03_models.ipynb #5bc78e39
 def _hw(image_size): return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 def _patch(image_size, tokens, most):
@@ -116,8 +116,18 @@ def _patch(image_size, tokens, most):
 
 def _vit(heads, width, num_classes, in_channels, image_size):
     from timm.models.vision_transformer import VisionTransformer
-    return VisionTransformer(img_size=_hw(image_size), patch_size=_patch(image_size, 8, 16), in_chans=in_channels,
-                             num_classes=num_classes, embed_dim=heads * max(8, round(64 * width)), depth=12, num_heads=heads)
+    # single pixels say too little to be tokens: on images below 16 pixels, 4 tokens a side
+    patch = _patch(image_size, 8 if min(_hw(image_size)) >= 16 else 4, 16)
+    net = VisionTransformer(img_size=_hw(image_size), patch_size=patch, in_chans=in_channels, num_classes=num_classes,
+                            embed_dim=heads * max(8, round(64 * width)), depth=12, num_heads=heads)
+    return _init_narrow(net) if width < 1 else net
+
+def _init_narrow(net):
+    "timm's weights of deviation 0.02 fit the published widths; in a narrow ViT the signal starves, so scale them by fan-in."
+    for m in net.modules():
+        if isinstance(m, nn.Linear): nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
+    nn.init.normal_(net.pos_embed, std=0.3)
+    return net
 
 def _swin_tiny(width, num_classes, in_channels, image_size):
     from timm.models.swin_transformer import SwinTransformer

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Config', 'unknown_name', 'pick_device', 'autocast', 'TeacherRecipe', 'teacher_recipe', 'augment', 'train_teacher']
 
-# %% ../nbs/08_teachers.ipynb #a82df928
-import math, time
+# %% ../nbs/08_teachers.ipynb #9a18bde4
+import math, re, time
 from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
+from typing import Literal
 
 from .evaluation import evaluate_modes
 from .models import create_model
@@ -57,9 +58,10 @@ def autocast(device, precision):
     if precision == "auto": precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-# %% ../nbs/08_teachers.ipynb #5012c6e9
+# %% ../nbs/08_teachers.ipynb #746e135b
 class TeacherRecipe(Config):
     "How a teacher is trained; `teacher_recipe` picks one for a data set."
+    optimiser: Literal["sgd", "adamw"] = "sgd"         # momentum is SGD's alone
     epochs: int = Field(40, ge=1)
     batch_size: int = Field(128, ge=2)
     lr: float = Field(0.1, gt=0)
@@ -72,9 +74,16 @@ class TeacherRecipe(Config):
     clip: float = Field(1.0, gt=0)                     # gradient norm; deep LN CNNs need it in the first epochs
     precision: str = "auto"
 
-def teacher_recipe(ds, norm="bn"):
-    "The recipe for data set `ds`: a minute of CPU for the small ones, the literature's 200 epochs for 32×32 colour images."
-    if min(ds.shape[1:]) >= 24: return TeacherRecipe(epochs=200, shift=4, flip=ds.channels == 3)
+def teacher_recipe(ds, norm="bn", name=""):
+    """The recipe for data set `ds`: a minute of CPU for the small ones, the literature's 200 epochs for 32×32 colour images.
+
+    `name`: of the network; transformers (ViT, DeiT, Swin) are trained with AdamW.
+    """
+    large = min(ds.shape[1:]) >= 24
+    if re.search("vit|deit|swin", name):
+        adamw = TeacherRecipe(optimiser="adamw", lr=2e-3, weight_decay=0.05, batch_size=64, epochs=15 if "swin" in name else 25)
+        return adamw.replace(epochs=200, lr=5e-4, batch_size=128, shift=4, flip=ds.channels == 3) if large else adamw
+    if large: return TeacherRecipe(epochs=200, shift=4, flip=ds.channels == 3)
     if len(ds.train_labels) > 5000: return TeacherRecipe(epochs=8)
     return TeacherRecipe()
 
@@ -92,12 +101,14 @@ def augment(images, shift, flip, generator):
         images = torch.where(mirrored, images.flip(3), images)
     return images
 
-# %% ../nbs/08_teachers.ipynb #8ce878f7
+# %% ../nbs/08_teachers.ipynb #068d77f5
 def _fit(net, ds, recipe, seed, device, progress):
     "Train `net` in place; a generator per run, so that the same seed gives the same bits."
     g = torch.Generator().manual_seed(seed)
     net.to(device, memory_format=torch.channels_last).train()
-    opt = torch.optim.SGD(_decayed(net, recipe.weight_decay), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0)
+    groups = _decayed(net, recipe.weight_decay)
+    opt = (torch.optim.AdamW(groups, recipe.lr) if recipe.optimiser == "adamw"
+           else torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0))
     batch_size = min(recipe.batch_size, len(ds.train_labels))
     total = recipe.epochs * (len(ds.train_labels) // batch_size)
     ramp = max(1, recipe.warmup * total)
@@ -123,7 +134,7 @@ def _decayed(net, weight_decay):
     rest = [p for p in net.parameters() if p.dim() <= 1]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
-# %% ../nbs/08_teachers.ipynb #8590cbf9
+# %% ../nbs/08_teachers.ipynb #49e00d8f
 def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction=1.0, device="auto", progress=True):
     """A trained classifier for data set `ds`, from the cache if it was trained before; in evaluation mode.
 
@@ -132,7 +143,7 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     augmentation. The network has a `record`: its accuracy (0..100) a BN mode, `key` (a hash of its weights),
     `directory`. Deterministic for a seed, machine and thread count.
     """
-    recipe, device = recipe or teacher_recipe(ds, norm), pick_device(device)
+    recipe, device = recipe or teacher_recipe(ds, norm, name), pick_device(device)
     model = dict(name=name, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, norm=norm, width=width)
     config = {"model": model, "fraction": fraction, "data": ds.fingerprint, "recipe": recipe.model_dump(), "seed": seed,
               "device": device.type, "torch": versions()["torch"], "code": code_key("models", "norms", "teachers")}
