@@ -190,8 +190,11 @@ def plot_blocks(records, columns):
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize="small")
     return fig
 
-# %% ../nbs/15b_attention_runs.ipynb #db86854f
-def _family(model): return "swin" if "swin" in model else "vit"
+# %% ../nbs/15b_attention_runs.ipynb #b2c87d12
+def _slugs(records):
+    "A short name for each model in the ids of claims: its family's, where it is the only one of it."
+    family = {m: "swin" if "swin" in m else "vit" for m in records.model.unique()}
+    return {m: f if list(family.values()).count(f) == 1 else m for m, f in family.items()}
 
 def _adder(found, source):
     return lambda id, statement, verdict, evidence: found.append(claim(id, statement, source, verdict, evidence))
@@ -204,8 +207,8 @@ def table8_claims(records, paper_spread=8.0, paper_tokens=196):
     spread, entropy, found = block_gaps(records, "spread"), block_gaps(records, "entropy"), []
     add = _adder(found, "NormShift-KD, Table 8 and Appendix B.4")
     noise = records[records.condition == "noise"]
-    for model in records.model.unique():
-        f, s, h = _family(model), per_model(spread, model), per_model(entropy, model)
+    for model, f in _slugs(records).items():
+        s, h = per_model(spread, model), per_model(entropy, model)
         mine = noise[noise.model == model].dropna(subset=["entropy"])
         late = h.columns[-max(1, len(h.columns) // 3):]
         add(f"table8.spread-smaller-on-noise-{f}", f"{model}: the score spread Δ, averaged over blocks, is smaller on noise than on real images", *judge(s.mean(axis=1), above=0))
@@ -233,8 +236,8 @@ def table9_claims(records, paper_gaps=None):
     add, middle = _adder(found, "NormShift-KD, Table 9 and Appendix B.4"), bins[len(bins) // 2]
     gaps = {b: block_gaps(records, f"pse_{b}") for b in bins}
     totals = {}
-    for model in records.model.unique():
-        f, blocks = _family(model), per_model(gaps[middle], model)
+    for model, f in _slugs(records).items():
+        blocks = per_model(gaps[middle], model)
         total = pd.DataFrame({b: per_model(gaps[b], model).sum(axis=1) for b in bins})
         totals[f] = total[middle]
         add(f"table9.pse-lower-on-noise-{f}", f"{model}: patch-similarity entropy, summed over blocks, is lower on noise ({middle} bins)", *judge(total[middle], above=0))
