@@ -118,15 +118,17 @@ def run_attention(p):
     # JSON has no NaN: a block without anything to compare comes back as None
     return pd.DataFrame(rows).apply(lambda c: pd.to_numeric(c) if c.dtype == object and not isinstance(c.dropna().iloc[0], str) else c)
 
-# %% ../nbs/15b_attention_runs.ipynb #4247c90f
+# %% ../nbs/15b_attention_runs.ipynb #9743d49d
 def block_gaps(records, value):
-    "Real minus noise of column `value`: a DataFrame indexed by (model, seed), one column a block; blocks without it dropped."
+    "Real minus noise of column `value`: a DataFrame indexed by (model, seed), one column a block; NaN where there is nothing to compare."
     wide = records.pivot_table(index=["model", "seed"], columns=["condition", "block"], values=value)
-    return (wide["real"] - wide["noise"]).dropna(axis=1, how="all")
+    return wide["real"] - wide["noise"]
 
-def per_model(frame, model): return frame.xs(model, level="model")
+def per_model(gaps, model):
+    "The rows of `block_gaps` for one model, by seed; its blocks with nothing to compare dropped."
+    return gaps.xs(model, level="model").dropna(axis=1, how="all")
 
-# %% ../nbs/15b_attention_runs.ipynb #76d14be9
+# %% ../nbs/15b_attention_runs.ipynb #5d55cf05
 def _pm(mean, sd, digits=2): return "–" if mean is None or np.isnan(mean) else f"{mean:.{digits}f}" + ("" if sd is None or np.isnan(sd) else f" ± {sd:.{digits}f}")
 
 def spread_table(records, paper):
@@ -143,7 +145,8 @@ def spread_table(records, paper):
         cells = {"mean Δ": _pm(seed.spread.mean().mean(), sd), "gap (real − noise)": f"{gap['mean']:+.2f}" if condition == "real" else "",
                  "entropy": _pm(seed.entropy.mean().mean(), None), "entropy, block 0": _pm(first.entropy.mean(), None),
                  "effective keys, block 0": f"{math.exp(first.entropy.mean()):.0f} of {first['keys'].iloc[0]}"}
-        rows.append({"model": f"{model} ({part.drop_duplicates('seed').teacher_accuracy.mean():.1f} %)", "input": condition,
+        accuracy = part.drop_duplicates("seed").teacher_accuracy.mean()
+        rows.append({"model": model + ("" if np.isnan(accuracy) else f" ({accuracy:.1f} %)"), "input": condition,
                      **{k: v + (f"  ({theirs[k]})" if k in theirs else "") for k, v in cells.items()}})
     return pd.DataFrame(rows)
 

@@ -5,6 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pandas as pd
 import pytest
 
+from nskd.attention_runs import AttentionParameters, run_attention
+from nskd.experiments import check_parameters
+from nskd.theory_runs import TheoryParameters, run_theory
 from test_tables import papermill
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,11 +46,31 @@ def test_table_9_measures_nothing_that_table_8_has_measured(runs):
     pd.testing.assert_frame_equal(a.drop(columns=["cached"]), b.drop(columns=["cached"]))
 
 
-@pytest.mark.parametrize("name, args, words", [
-    ("table8", ["-p", "models", "wrn16"], "has no attention layers"),
-    ("table8", ["-p", "image_size", "32"], "image_size goes with weights='pretrained'"),
-    ("theory", ["-p", "sigmma", "1"], "did you mean 'sigma'?"),
+@pytest.mark.parametrize("model, bad, words", [
+    (AttentionParameters, dict(modles="vit_tiny"), "did you mean 'models'?"), (AttentionParameters, dict(bins=[1]), "greater than or equal to 2"),
+    (AttentionParameters, dict(seeds=0), "seeds must be a number of seeds from 1 up"), (AttentionParameters, dict(weights="pretraind"), "did you mean 'pretrained'?"),
+    (TheoryParameters, dict(sigmma=1), "did you mean 'sigma'?"), (TheoryParameters, dict(delta=1.0), "less than 1"), (TheoryParameters, dict(tokens=2), "greater than or equal to 3"),
 ])
-def test_bad_parameters_fail_in_one_sentence(repo, tmp_path, name, args, words):
-    done = papermill(repo, name, tmp_path/"out.ipynb", "-f", repo/f"params/smoke/{name}.yaml", *args, outputs=tmp_path/"results")
-    assert done.returncode != 0 and words in done.stderr, done.stderr[-1500:]
+def test_bad_parameters_are_one_sentence(model, bad, words):
+    with pytest.raises(ValueError) as e: check_parameters(dict(bad), model)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_cnn_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path))
+    with pytest.raises(ValueError, match="has no attention layers to look into"): run_attention(AttentionParameters(models="r18", seeds=1, workers=1))
+    with pytest.raises(ValueError, match="has no attention layers to look into"): run_theory(TheoryParameters(model="r18", seeds=1, workers=1))
+    with pytest.raises(ValueError, match="image_size goes with weights='pretrained'"): run_attention(AttentionParameters(image_size=32, seeds=1, workers=1))
+    assert not any(tmp_path.iterdir())
+
+
+def test_pretrained_weights_see_resized_images_in_their_own_channels(tmp_path, monkeypatch):
+    import timm
+    monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path))
+    real, asked = timm.create_model, []
+    def offline(name, pretrained=False, **kw):
+        asked.append((name, pretrained))
+        return real(name, pretrained=False, img_size=32, depth=2, embed_dim=48, num_classes=10)
+    monkeypatch.setattr(timm, "create_model", offline)
+    records = run_attention(AttentionParameters(models="timm:vit_tiny_patch16_224", weights="pretrained", image_size=32, images=4, seeds=1, workers=1))
+    assert asked == [("vit_tiny_patch16_224", True)] and len(records) == 4 and (records["keys"] == 4).all()
