@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Sampler', 'create_sampler', 'list_samplers', 'rejection_sample', 'BalancedPool']
 
-# %% ../nbs/04_samplers.ipynb #d38c6eac
+# %% ../nbs/04_samplers.ipynb #3cdd6bc1
 import math
+from functools import cache
 
 import torch
 
@@ -37,13 +38,78 @@ def _ddg(mean, std):
         return torch.randn(size, **kw).mul_(s).add_(m).clamp_(0, 1).sub_(m).div_(s)
     return sample
 
-# %% ../nbs/04_samplers.ipynb #86dd81a5
+# %% ../nbs/04_samplers.ipynb #42fd78b7
+def _standardise(x):
+    "Mean 0 and variance 1 for each image and channel; a constant one becomes 0."
+    var, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+    return x.sub_(mean).mul_(torch.where(var > 1e-12, var.rsqrt(), 0))
+
+def _perlin_axis(pixels, cell, device):
+    "Fade weights of the lattice points, and the same times the signed distance in cells: (pixels, points) each."
+    t = (torch.arange(pixels, device=device) + 0.5) / cell                                  # pixel centres, in cells
+    d = t[:, None] - torch.arange(math.ceil(pixels / cell) + 1, device=device)              # (pixels, points)
+    u = (1 - d.abs()).clamp(min=0)                                                          # 0 but for the two neighbours
+    weight = u ** 3 * (u * (6 * u - 15) + 10)
+    return weight, weight * d
+
+def _perlin(size, generator=None, device="cpu"):
+    n, c, h, w = size
+    out, cell, amplitude = torch.zeros(size, device=device), min(h, w) / 2, 1.0
+    while cell >= 2 or amplitude == 1:
+        (wy, dy), (wx, dx) = (_perlin_axis(side, cell, device) for side in (h, w))
+        angle = torch.rand(n, c, wy.shape[1], wx.shape[1], generator=generator, device=device).mul_(2 * math.pi)
+        out += amplitude * (wy @ angle.cos() @ dx.T + dy @ angle.sin() @ wx.T)
+        cell, amplitude = cell / 2, amplitude / 2
+    return _standardise(out)
+
+# %% ../nbs/04_samplers.ipynb #85161979
+_LEAVES = 32          # discs a round; on average a pixel is covered after about 64
+
+def _leaf_radii(shape, h, w, generator, device, a=0.03, b=1.0):
+    "Radii of discs that can touch an h × w image, density r⁻³ (h + 2r)(w + 2r) on [a, b], in units of the shorter side."
+    share = torch.tensor([h * w * (a**-2 - b**-2) / 2, 2 * (h + w) * (1 / a - 1 / b), 4 * math.log(b / a)])
+    cut = (share.cumsum(0) / share.sum()).tolist()
+    u, which = torch.rand(2, *shape, generator=generator, device=device)
+    cubic, square, inverse = (a**-2 - u * (a**-2 - b**-2)) ** -0.5, 1 / (1 / a - u * (1 / a - 1 / b)), a * (b / a) ** u
+    return torch.where(which < cut[0], cubic, torch.where(which < cut[1], square, inverse))
+
+def _leaf_round(shape, h, w, c, generator, device):
+    "One round of discs: centres y and x, squared radii, each `shape`, and colours (*shape, c)."
+    r = _leaf_radii(shape, h, w, generator, device)
+    y, x = torch.rand(2, *shape, generator=generator, device=device)
+    return y * (h + 2 * r) - r, x * (w + 2 * r) - r, r * r, torch.rand(*shape, c, generator=generator, device=device)
+
+@cache
+def _pixel_centres(h, w, device):
+    unit = min(h, w)
+    y, x = torch.meshgrid((torch.arange(h) + 0.5) / unit, (torch.arange(w) + 0.5) / unit, indexing="ij")
+    return y.flatten().to(device), x.flatten().to(device)
+
+def _dead_leaves(size, generator=None, device="cpu"):
+    n, c, h, w = size
+    chunk = 16 if torch.device(device).type == "cpu" else 512          # a chunk's mask fits a CPU's cache
+    unit, (py, px) = min(h, w), _pixel_centres(h, w, str(device))
+    out = torch.empty(n, h * w, c, device=device)
+    for part in out.split(chunk):                                       # views of `out`
+        image, pixel = (i.flatten() for i in torch.meshgrid(*(torch.arange(k, device=device) for k in part.shape[:2]), indexing="ij"))
+        while len(image):                                               # pixels that no disc has covered yet
+            y, x, r2, colour = _leaf_round((len(part), _LEAVES), h / unit, w / unit, c, generator, device)
+            inside = (y[image] - py[pixel, None]).square_().add_((x[image] - px[pixel, None]).square_()) <= r2[image]
+            covered, first = inside.max(1)                              # (pixels,): whether, and by which disc first
+            part[image[covered], pixel[covered]] = colour[image[covered], first[covered]]
+            image, pixel = image[~covered], pixel[~covered]
+    return _standardise(out.mT.reshape(size))
+
+# %% ../nbs/04_samplers.ipynb #a4548148
 def create_sampler(name, shape, mean=None, std=None):
     """A sampler of noise images of `shape` (C, H, W).
 
     `gaussian`: i.i.d. N(0, 1). `uniform`: i.i.d. on ±√3, mean 0 and variance 1 like the Gaussian. `ddg`:
     data-dependent Gaussian, pixels N(mean, std²) a channel, clipped to [0, 1], then normalised by the same `mean` and
-    `std` ((C,) each, in pixel units of 0 to 1; only this sampler takes them). ValueError on an unknown name or shape.
+    `std` ((C,) each, in pixel units of 0 to 1; only this sampler takes them). `perlin`: gradient noise in octaves.
+    `dead_leaves`: occluding discs. Both with mean 0 and variance 1 for each image and channel (0 for the rare image that
+    one leaf covers). ValueError on an unknown
+    name or shape. Source: NormShift-KD, Appendix A (noise types); Raikwar & Mishra 2022 (gaussian).
     """
     _one_of(name, _SAMPLERS, "sampler")
     if len(shape) != 3 or min(shape) < 1: raise ValueError(f"shape must be (channels, height, width), not {tuple(shape)}")
@@ -54,7 +120,7 @@ def create_sampler(name, shape, mean=None, std=None):
         return Sampler(name, shape, _ddg(mean, std), uses_data=True)
     return Sampler(name, shape, _SAMPLERS[name])
 
-_SAMPLERS = {"gaussian": _gaussian, "uniform": _uniform, "ddg": None}
+_SAMPLERS = {"gaussian": _gaussian, "uniform": _uniform, "ddg": None, "perlin": _perlin, "dead_leaves": _dead_leaves}
 
 def list_samplers():
     "Names that `create_sampler` knows."
