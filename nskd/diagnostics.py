@@ -156,7 +156,7 @@ def coverage(teacher, draw, samples=(4_000, 10_000, 100_000), mode="auto", alpha
     if not rows: check_samples(samples, 1)
     return pd.DataFrame(rows)
 
-# %% ../nbs/13_diagnostics.ipynb #9668b0ca
+# %% ../nbs/13_diagnostics.ipynb #d418f739
 @dataclass(frozen=True)
 class BatchDependence:
     """Logits of fixed inputs over batch contexts, float32 (inputs, contexts, classes), and what they say.
@@ -203,21 +203,21 @@ def batch_dependence(net, draw, contexts=30, others=127, inputs=1, mode="auto", 
 
     Each of `inputs` fixed inputs (drawn, or given as `x0` (inputs, C, H, W)) is put into `contexts` batches with `others`
     more inputs of noise. `dropout`: switch dropout and stochastic depth on. `same_context`: one batch, asked again and
-    again. Networks of any mode given equal `generator` seeds see equal batches. ValueError for fewer than two contexts.
+    again. Networks given equal `generator` seeds see equal batches, in any mode. ValueError for fewer than two contexts.
     Source: NormShift-KD, Appendix D.4 and D.5, Tables 12 and 13.
     """
     if contexts < 2 or others < 0: raise ValueError(f"batch dependence needs at least 2 contexts and 0 others, not {contexts} and {others}")
     device = next(net.parameters()).device
     g = _as_generator(generator, device)
-    if x0 is None: x0 = draw(inputs, generator=g, device=device)
-    # batches first, so that what a network draws itself leaves them alone
-    batch_seeds = torch.randint(2**62, (len(x0), 1 if same_context else contexts), generator=g, device=device)
-    batch_seeds = batch_seeds.expand(-1, contexts).tolist()
+    fixed, seeds = [], []
+    for i in range(inputs if x0 is None else len(x0)):              # one after the other: fewer inputs are a prefix of more
+        fixed.append(draw(1, generator=g, device=device) if x0 is None else x0[i:i + 1].to(device))
+        seeds.append(torch.randint(2**62, (1 if same_context else contexts,), generator=g, device=device).expand(contexts).tolist())
     found = []
     with teacher_context(net, mode, alpha), _stochastic(net, dropout, g):
-        for x, seeds in zip(x0, batch_seeds):
-            batches = (torch.cat((x[None], draw(others, generator=_as_generator(s, device), device=device))) for s in seeds)
-            found.append(torch.stack([net(b)[0].float() for b in batches]))
+        for x, batches in zip(fixed, seeds):
+            company = (draw(others, generator=_as_generator(s, device), device=device) for s in batches)
+            found.append(torch.stack([net(torch.cat((x, c)))[0].float() for c in company]))
     return BatchDependence(torch.stack(found).cpu())
 
 def fluctuation_correlation(a, b):
