@@ -203,7 +203,7 @@ def write_results(name, parameters, records, table, claims, figure=None):
     shown = os.path.relpath(directory, repo_root()) if directory.is_relative_to(repo_root()) else directory
     return pd.DataFrame([(f"{shown}/{f}", what) for f, what in files.items()], columns=["file", "what"])
 
-# %% ../nbs/11b_reporting.ipynb #ce819d25
+# %% ../nbs/11b_reporting.ipynb #bb074818
 def publish(name, tier, notebook=None):
     "Copy the results of table `name`, and its executed `notebook`, to outputs/published/<tier>/<name>/; the files written."
     source, target = outputs_dir() / name, outputs_dir() / "published" / tier / name
@@ -214,12 +214,15 @@ def publish(name, tier, notebook=None):
     return sorted(p.name for p in target.iterdir())
 
 def _without_stderr(notebook):
-    "The executed notebook without progress bars and warnings, which on a page are a hundred lines of nothing."
+    "The executed notebook without progress bars and warnings, which on a page are a hundred lines of nothing, and without this machine's paths."
     import nbformat
     nb = nbformat.read(notebook, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-    return nbformat.writes(nb).encode()
+    about = nb.metadata.get("papermill", {})
+    for key in ("input_path", "output_path"):
+        if about.get(key): about[key] = os.path.basename(about[key])
+    return nbformat.writes(nb).replace(str(outputs_dir().resolve()), "outputs").encode()
 
 def read_table(directory):
     "The table that `write_results` left in `directory`, columns (norm, pair, measured or paper)."
