@@ -169,7 +169,7 @@ def similarity_table(records, paper):
         rows.append({"model": model, "input": "gap", **{f"bins = {b}": f"{mean.loc['real', f'pse_{b}'] - mean.loc['noise', f'pse_{b}']:+.2f}" + note("gap", b) for b in bins}})
     return pd.DataFrame(rows)
 
-# %% ../nbs/15b_attention_runs.ipynb #fcade927
+# %% ../nbs/15b_attention_runs.ipynb #964241a7
 def plot_blocks(records, columns):
     """Block by block, real against noise: a row of panels a model, a column a quantity; returns the figure.
 
@@ -178,9 +178,9 @@ def plot_blocks(records, columns):
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
-    from nskd.plots import use_style
+    from nskd.plots import COLOURS, use_style
     use_style()
-    models, colours = list(records.model.unique()), {"real": "#0072B2", "noise": "#D55E00"}
+    models, colours = list(records.model.unique()), {"real": COLOURS["test"], "noise": COLOURS["noise"]}
     fig, axes = plt.subplots(len(models), len(columns), figsize=(3.5 * len(columns) + 0.3, 2.2 * len(models) + 0.4), squeeze=False, sharex=True)
     for line, model in zip(axes, models):
         for ax, (column, label) in zip(line, columns.items()):
