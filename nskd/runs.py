@@ -111,12 +111,12 @@ def _code_tree(source):
             node.body = body[1:] or [ast.Pass()]
     return ast.dump(tree)
 
-# %% ../nbs/07_runs.ipynb #d76c39d3
+# %% ../nbs/07_runs.ipynb #9e4af06f
 @cache
 def _git(*args):
     here = Path(__file__).parent if "__file__" in globals() else repo_root()      # a notebook has no __file__
     try:
-        out = subprocess.run(["git", "-C", str(repo_root(here)), *args], capture_output=True, text=True, timeout=10)
+        out = subprocess.run(["git", "-C", str(repo_root(here)), *args], capture_output=True, text=True, timeout=60)
         return out.stdout.strip() if out.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired): return None
 
