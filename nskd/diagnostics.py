@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Information', 'mutual_information', 'noise_logits', 'ClassHistogram', 'class_histogram', 'check_samples',
            'share_bounds', 'coverage', 'BatchDependence', 'batch_dependence', 'fluctuation_correlation',
-           'ActivationStatistics', 'activation_statistics', 'energy_coefficient', 'activation_mismatch']
+           'ActivationStatistics', 'activation_statistics', 'energy_coefficient', 'channel_mismatches',
+           'activation_mismatch']
 
 # %% ../nbs/13_diagnostics.ipynb #ede6482b
 import math
@@ -232,7 +233,7 @@ def fluctuation_correlation(a, b):
     if min(u.abs().max(), v.abs().max()) < 1e-4: return math.nan
     return (u @ v / (u.norm() * v.norm())).item()
 
-# %% ../nbs/13_diagnostics.ipynb #d305f058
+# %% ../nbs/13_diagnostics.ipynb #c62276a9
 @dataclass(frozen=True)
 class ActivationStatistics:
     "Mean and variance (biased) over positions of every image and channel: float32 (N, C) each; `layer`: whose output."
@@ -288,7 +289,11 @@ def energy_coefficient(x, y):
     between = 2 * torch.cdist(x, y).mean()
     return ((between - within(x) - within(y)) / between).item() if between > 0 else 0.0
 
-def activation_mismatch(a, b):
-    "Energy coefficient of two `ActivationStatistics`' (mean, variance) clouds, mean over channels: about 0 … 1."
+def channel_mismatches(a, b):
+    "Energy coefficient of two `ActivationStatistics`' (mean, variance) clouds in each channel: float64 (C,), about 0 … 1."
     clouds = lambda s: torch.stack((s.mean, s.variance), 2).unbind(1)                    # C times (N, 2)
-    return float(np.mean([energy_coefficient(x, y) for x, y in zip(clouds(a), clouds(b))]))
+    return np.array([energy_coefficient(x, y) for x, y in zip(clouds(a), clouds(b))])
+
+def activation_mismatch(a, b):
+    "Mean of `channel_mismatches` over channels: one number, about 0 … 1."
+    return float(channel_mismatches(a, b).mean())

@@ -124,9 +124,9 @@ def plot_activation_clouds(clouds, titles, channels=3):
     fig.legend(handles, [NAMES[k] for k in kinds], loc="outside lower center", ncols=len(kinds), fontsize="small")
     return fig
 
-# %% ../nbs/10_plots.ipynb #87937d86
+# %% ../nbs/10_plots.ipynb #aa5aa78d
 def plot_coverage(records):
-    """Largest and smallest class share over the even one, and classes never seen, against samples a class; returns the figure.
+    """Largest and smallest class share over the even one, and classes never seen, by samples a class; returns the figure.
 
     `records`: rows of `nskd.diagnostics.coverage` with the columns `seed` and `classes` added.
     """
@@ -139,8 +139,15 @@ def plot_coverage(records):
         right.plot(x, 100 * part.zero_classes / part.classes, color=COLOURS["cs"], marker="o", markersize=3, linewidth=1)
     left.axhline(1, color="black", linestyle=":", linewidth=0.8)
     left.set(xscale="log", yscale="log", xlabel="samples per class", ylabel="class count / even share")
-    left.legend([plt.Line2D([], [], color=COLOURS["cs"]), plt.Line2D([], [], color=COLOURS["cs"], linestyle="--")], ["commonest class", "rarest class (if seen)"], fontsize="small")
-    right.set(xscale="log", xlabel="samples per class", ylabel="classes never seen (%)", ylim=(0, None))
+    x = np.geomspace((records.samples / records.classes).min(), (records.samples / records.classes).max(), 100)
+    right.plot(x, 100 * np.exp(-x), color="black", linestyle=":", linewidth=0.8)                 # a Poisson count of mean x is 0
+    right.set(xscale="log", xlabel="samples per class", ylabel="classes never seen (%)", ylim=(-0.2, None))
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if left.get_ylim()[0] <= t <= left.get_ylim()[1]]
+    left.set_yticks(ticks, [f"{t:g}" for t in ticks]); left.yaxis.set_minor_locator(plt.NullLocator())
+    for ax in (left, right): ax.xaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    line = lambda **kw: plt.Line2D([], [], **kw)
+    fig.legend([line(color=COLOURS["cs"]), line(color=COLOURS["cs"], linestyle="--"), line(color="black", linestyle=":")],
+               ["commonest class, or never seen", "rarest class, once seen", "if answers were even"], loc="outside lower center", ncols=3, fontsize="small")
     return fig
 
 # %% ../nbs/10_plots.ipynb #63cb236f
