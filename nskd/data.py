@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Dataset', 'list_datasets', 'load_dataset']
 
-# %% ../nbs/01_data.ipynb #290cb857
-import difflib, hashlib, json, os, socket, tarfile, zlib
+# %% ../nbs/01_data.ipynb #b641cf1f
+import hashlib, json, os, socket, tarfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,6 +17,8 @@ from textwrap import shorten
 
 import numpy as np
 import torch
+
+from .config import nearest
 
 # %% ../nbs/01_data.ipynb #f8ca4213
 def _mean_std(pixels, white):
@@ -43,11 +45,11 @@ def _ahead(fetch, parts):
             waiting = coming
         if waiting is not None: yield waiting.result()
 
-# %% ../nbs/01_data.ipynb #d0504bec
+# %% ../nbs/01_data.ipynb #dd77aadb
 def _nearest(word, words):
     "A hint for an error message: the most similar of `words`, or nothing."
-    near = difflib.get_close_matches(str(word).lower(), list(words), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest(str(word).lower(), words, cutoff=0.6)
+    return f" (did you mean {near!r}?)" if near else ""
 
 
 def _whole(what, value):

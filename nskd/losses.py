@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['kd_loss', 'pseudo_label_loss']
 
-# %% ../nbs/05_losses.ipynb #51fee4cf
-import torch
+# %% ../nbs/05_losses.ipynb #26fae25b
 import torch.nn.functional as F
 
 # %% ../nbs/05_losses.ipynb #eefa7e1d
