@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'mean_se', 'interval', 'judge', 'per_seed', 'table_claims', 'context_gap', 'accuracy_table',
-           'modes_table', 'claims_table', 'styled', 'markdown_table', 'markdown_claims', 'write_results', 'publish',
-           'read_table', 'newest_summary']
+           'modes_table', 'beside', 'claims_table', 'styled', 'markdown_table', 'markdown_claims', 'write_results',
+           'publish', 'read_table', 'newest_summary']
 
 # %% ../nbs/11b_reporting.ipynb #91bc5455
 import os, re, sys
@@ -109,7 +109,7 @@ def context_gap(cells, norm="ln", n=64):
         gaps += [(z - answers[0]).abs().max().item() for z in answers[1:]]
     return max(gaps, default=None)
 
-# %% ../nbs/11b_reporting.ipynb #11962575
+# %% ../nbs/11b_reporting.ipynb #6260733e
 def _pair(teacher, student):
     return f"{NAMES.get(teacher, teacher)} → {NAMES.get(student, student)}"
 
@@ -139,6 +139,17 @@ def modes_table(records):
     rows["best by test accuracy in CS", "step"] = mean.best_step.round().astype(int)
     rows["balance", "targets"] = [f"{b:.3f}" for b in mean.balance_targets]
     return pd.DataFrame(rows)
+
+def beside(measured, paper=None):
+    """Measured and published texts in one table, a row for each key of `measured`: {title: {row: text}}, `paper` the same.
+
+    A title that `paper` has gets two columns, measured and paper, with a dash where it has no number; any other has one.
+    """
+    columns, rows = {}, list(dict.fromkeys(r for column in measured.values() for r in column))
+    for title, column in measured.items():
+        columns[title, "measured"] = [column.get(r, "–") for r in rows]
+        if title in (paper or {}): columns[title, "paper"] = [str(paper[title].get(r, "–")) for r in rows]
+    return pd.DataFrame(columns, index=rows)
 
 def claims_table(claims):
     "Claims as a DataFrame to look at: verdict, statement, and the interval that decided."

@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['Sweep', 'AlphaSweep', 'ReplacementSweep', 'SensitivitySweep', 'TransferSweep', 'RejectionSweep', 'ProtocolSweep',
-           'run_sweep', 'histories', 'factorial_effects']
+           'run_sweep', 'histories', 'cell_texts', 'pick_regret', 'break_even', 'factorial_effects']
 
-# %% ../nbs/11c_sweeps.ipynb #344c2599
+# %% ../nbs/11c_sweeps.ipynb #ecbafba1
 import itertools
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from .config import one_of
 from .experiments import DistillStudy, Seeds, _each, _listed, run_cells
-from .models import create_model, list_models
+from .models import list_models
 from .reporting import interval
 from .samplers import list_samplers
+from .studies import plus_minus
 
-# %% ../nbs/11c_sweeps.ipynb #3058c4d0
+# %% ../nbs/11c_sweeps.ipynb #6e514657
 def _values(kind, what, low, high=None):
     "A list of different numbers between `low` and `high`; commas in a string separate."
     def check(value):
@@ -37,8 +38,17 @@ class Sweep(DistillStudy):
     "A sweep over one pair of teacher and student."
     student: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "student"))] = "wrn16"
     seeds: Seeds = 5
-    steps: int = Field(300, ge=1)
+    steps: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=2)
+    lr: float = Field(3e-3, gt=0)
+
+    absent: ClassVar[tuple] = ()        # shared parameters that a sweep's notebook has no use for
+
+    @model_validator(mode="after")
+    def _no_use(self):
+        for name in self.absent:
+            if name in self.model_fields_set: raise ValueError(f"this notebook has no parameter {name!r}; it has {', '.join(f for f in type(self).model_fields if f not in self.absent)}")
+        return self
 
     def networks(self): return {self.teacher, self.student}
 
@@ -48,20 +58,42 @@ class Sweep(DistillStudy):
 
 class AlphaSweep(Sweep):
     "Parameters of Table 5."
-    norms: Annotated[list[str], _each(("ln", "gn"), "a norm")] = ["ln"]
+    absent: ClassVar[tuple] = ("alpha",)
+    norms: Annotated[list[str], _each(("ln", "gn"), "a norm")] = ["ln", "gn"]
     alphas: Annotated[list[float], _values(float, "alphas", 0, 1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
     mi_inputs: int = Field(4096, ge=2)
 
+    @model_validator(mode="after")
+    def _ends(self):
+        if {0.0, 0.5, 1.0} - set(self.alphas): raise ValueError(f"alphas must hold 0, 0.5 and 1, which the claims are about, and {self.alphas} do not")
+        return self
+
 class ReplacementSweep(Sweep):
     "Parameters of Table 1."
+    absent: ClassVar[tuple] = ("alpha", "k")
     norms: Annotated[list[str], _each(("ln", "gn"), "a norm")] = ["ln", "gn"]
     fractions: Annotated[list[float], _values(float, "fractions", 0, 1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
 
+    @model_validator(mode="after")
+    def _ends(self):
+        if {0.0, 0.25, 0.75, 1.0} - set(self.fractions): raise ValueError(f"fractions must hold 0, 0.25, 0.75 and 1, which the claims are about, and {self.fractions} do not")
+        return self
+
 class SensitivitySweep(Sweep):
     "Parameters of Figure 2."
+    absent: ClassVar[tuple] = ("alpha", "k")
     batch_sizes: Annotated[list[int], _values(int, "batch_sizes", 2)] = [32, 64, 128, 256, 512]
     taus: Annotated[list[float], _values(float, "taus", 1e-6)] = [1.0, 2.0, 4.0, 8.0]
     noises: Annotated[list[str], _each([n for n in list_samplers() if n != "ddg"], "a noise")] = ["gaussian", "uniform", "perlin", "dead_leaves"]
+
+    @model_validator(mode="after")
+    def _holds(self):
+        if self.batch_size not in self.batch_sizes: raise ValueError(f"batch_size must be one of batch_sizes {self.batch_sizes}, not {self.batch_size}")
+        if {1.0, 4.0, 8.0, self.tau} - set(self.taus): raise ValueError(f"taus must hold 1, 4 and 8, which the claims are about, and tau; {self.taus} do not")
+        if "gaussian" not in self.noises: raise ValueError("noises must hold gaussian, which the others are compared with")
+        if (self.batch_size * self.steps) % (max(self.batch_sizes) * self.eval_every):
+            raise ValueError(f"batch_size × steps must be a multiple of the largest batch × eval_every, for a comparison at equal images, and {self.batch_size} × {self.steps} is not one of {max(self.batch_sizes)} × {self.eval_every}")
+        return self
 
 class TransferSweep(Sweep):
     "Parameters of Table 6."
@@ -76,9 +108,11 @@ class TransferSweep(Sweep):
 
 class RejectionSweep(Sweep):
     "Parameters of Table 11."
+    absent: ClassVar[tuple] = ("alpha",)
     dataset: str = "digits100"
     student: str = "r18"
-    middle: float = Field(0.25, gt=0, lt=1)
+    steps: int = Field(400, ge=1)
+    middle: float = Field(0.5, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _evaluated(self):
@@ -88,11 +122,13 @@ class RejectionSweep(Sweep):
 
 class ProtocolSweep(Sweep):
     "Parameters of the protocol study: two levels of each factor."
+    absent: ClassVar[tuple] = ("alpha", "k", "batch_size", "tau", "steps")
+    dataset: str = "digits100"
     schedule: Literal["constant"] = "constant"           # so that the first steps of a long run are a short run
     batch_sizes: Annotated[list[int], _values(int, "batch_sizes", 2)] = [64, 256]
     ks: Annotated[list[int], _values(int, "ks", 1)] = [1, 4]
     taus: Annotated[list[float], _values(float, "taus", 1e-6)] = [1.0, 4.0]
-    step_counts: Annotated[list[int], _values(int, "step_counts", 1)] = [75, 300]
+    step_counts: Annotated[list[int], _values(int, "step_counts", 1)] = [100, 200]
 
     @model_validator(mode="after")
     def _two_levels(self):
@@ -119,6 +155,40 @@ def histories(records):
         history = pd.read_csv(Path(row["directory"]) / "run/history.csv")
         parts.append(history.assign(**{k: v for k, v in row.items() if k not in history}))
     return pd.concat(parts, ignore_index=True)
+
+# %% ../nbs/11c_sweeps.ipynb #62dc5dfd
+def cell_texts(records, rows, value="cs", digits=1):
+    "Mean ± standard error of `value` over seeds by the column `rows`, in order of appearance: {row: text}."
+    return {key: plus_minus(part[value], digits) for key, part in records.groupby(rows, sort=False)}
+
+def pick_regret(records, signal="mutual_information", value="cs"):
+    """How good the choice by `signal` is, for every norm and seed: a DataFrame.
+
+    `records`: columns norm, seed, alpha, `signal`, `value`. Columns: `picked` and `best` (α with the largest signal, and with the largest
+    value), `regret` (how much of `value` the pick costs, 0 or more), `rank_correlation` (Spearman's, of signal and value over α).
+    """
+    rows = []
+    for (norm, seed), part in records.groupby(["norm", "seed"], sort=False):
+        pick, best = part.loc[part[signal].idxmax()], part.loc[part[value].idxmax()]
+        rows.append({"norm": norm, "seed": seed, "picked": pick.alpha, "best": best.alpha, "regret": best[value] - pick[value],
+                     "rank_correlation": part[signal].corr(part[value], method="spearman")})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/11c_sweeps.ipynb #e7cd3e56
+def break_even(records, method="normshift"):
+    """The number of real images at which distilling on them equals `method`, one a seed: a list of floats.
+
+    `records`: columns seed, method, images (for the method "real"), cs. Linear in the logarithm of the number; the smallest, or
+    the largest, that was tried where the two don't meet.
+    """
+    found = []
+    for _, part in records.groupby("seed"):
+        real = part[part.method == "real"].sort_values("images")
+        gap, images = real.cs.to_numpy() - part[part.method == method].cs.item(), np.log(real.images.to_numpy(float))
+        if gap[0] >= 0 or (gap < 0).all(): at = images[0] if gap[0] >= 0 else images[-1]
+        else: at = np.interp(0, gap[(i := int((gap >= 0).argmax())) - 1:i + 1], images[i - 1:i + 1])
+        found.append(float(np.exp(at)))
+    return found
 
 # %% ../nbs/11c_sweeps.ipynb #cd980e55
 def factorial_effects(records, factors, value="cs", order=2):
