@@ -1,0 +1,50 @@
+"""The notebooks that vary one thing at a time, run by papermill as a user would, and the ways to get a parameter wrong."""
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+
+from test_tables import papermill
+
+CLAIMS = {"table1": 7, "table5": 12, "table6": 7, "table11": 5, "figure2": 8, "protocol": 7}
+
+
+@pytest.fixture(scope="module")
+def runs(repo, tmp_path_factory):
+    "All of them at the smoke tier, into one folder: they share teachers."
+    base = tmp_path_factory.mktemp("sweeps")
+    def run(name): return papermill(repo, name, base/f"{name}.ipynb", "-f", repo/f"params/smoke/{name}.yaml")
+    with ThreadPoolExecutor(2) as pool: return base, dict(zip(CLAIMS, pool.map(run, CLAIMS)))
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_smoke_runs_succeed_and_leave_their_results(runs, name):
+    base, done = runs
+    assert done[name].returncode == 0, done[name].stderr[-2000:]
+    assert {p.name for p in (base/name).iterdir()} == {"records.csv", "table.csv", "claims.json", "summary.md", "results.json", "figure.png"}
+    claims = json.loads((base/name/"claims.json").read_text())
+    assert len(claims) == CLAIMS[name] == len({c["id"] for c in claims}) and {c["id"].split(".")[0] for c in claims} == {name}
+    assert {c["verdict"] for c in claims} == {"inconclusive"}                         # one seed decides nothing
+    assert set(pd.read_csv(base/name/"records.csv").seed) == {0}
+
+
+def test_real_images_are_in_the_ledger(runs):
+    records = pd.read_csv(runs[0]/"table6/records.csv")
+    assert (records.data_free == (records.method != "real")).all()
+
+
+@pytest.mark.parametrize("name, args, words", [
+    ("table1", ["-p", "fractions", "0,1"], "fractions must hold"),
+    ("table5", ["-p", "norms", "bn"], "a norm must be one of ln, gn"),
+    ("table5", ["-p", "alphas", "0,0.5,1,1.5"], "between 0 and 1"),
+    ("table6", ["-p", "scarce", "60"], "scarce must be one of real_images"),
+    ("table11", ["-p", "alpha", "0.5"], "no parameter 'alpha'"),
+    ("figure2", ["-p", "noises", "gaussian,pelrin"], "did you mean 'perlin'"),
+    ("protocol", ["-p", "ks", "1,2,4"], "two levels"),
+])
+def test_bad_parameters_fail_at_once_in_one_sentence(repo, tmp_path, name, args, words):
+    done = papermill(repo, name, tmp_path/"out.ipynb", *args, outputs=tmp_path/"results")
+    assert done.returncode != 0 and words in done.stderr, done.stderr[-1500:]
+    assert "Error: " in next(line for line in done.stderr.splitlines() if words in line)
+    assert not (tmp_path/"results").exists()
