@@ -172,7 +172,7 @@ def styled(table):
     elif isinstance(table.index, pd.RangeIndex): style = style.hide(axis="index")
     return style.set_properties(**{"text-align": "left"}).set_table_styles([{"selector": "th", "props": "text-align: left"}])
 
-# %% ../nbs/11b_reporting.ipynb #0224e328
+# %% ../nbs/11b_reporting.ipynb #07487874
 def markdown_table(table):
     "A table as Markdown for the README and the terminal; of `accuracy_table`, the paper's values go in brackets."
     if table.columns.nlevels == 3 and set(table.columns.get_level_values(2)) == {"measured", "paper"}:
@@ -182,6 +182,7 @@ def markdown_table(table):
     else:
         flat = table if isinstance(table.index, pd.RangeIndex) else table.reset_index()
         head = [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat.columns]
+        head = ["" if h == "index" else h for h in head]                          # pandas' name for an index without one
         show = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
         rows = [head, ["---"] * len(head), *([show(v) for v in row] for row in flat.itertuples(index=False))]
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)

@@ -58,21 +58,25 @@ def plot_alpha(records, reference):
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     return fig
 
-# %% ../nbs/10b_sweep_plots.ipynb #6e8104c5
-def plot_sensitivity(records):
-    "Student accuracy by batch size, temperature and noise: `records` with columns varied, batch_size, tau, noise, seed, cs; returns the figure."
+# %% ../nbs/10b_sweep_plots.ipynb #3570ac8b
+def plot_sensitivity(records, equal):
+    """Student accuracy by batch size, temperature and noise, at as many steps and (dashed) at as many images; returns the figure.
+
+    `records`: columns varied, batch_size, tau, noise, seed, cs. `equal`: columns batch_size, seed, accuracy_cs.
+    """
     fig, axes = _panels(3, width=2.6, sharey=True)
+    panel = lambda name: records[records.varied.str.contains(name)]
     for ax, (name, title) in zip(axes, (("batch_size", "noise images a step"), ("tau", "temperature τ"))):
-        part = records[records.varied.str.contains(name)]
-        seed_line(ax, part, name, "cs", COLOURS["gaussian_cs"])
-        ticks = sorted(part[name].unique())
+        seed_line(ax, panel(name), name, "cs", COLOURS["gaussian_cs"], "as many steps")
+        ticks = sorted(panel(name)[name].unique())
         ax.set_xscale("log", base=2); ax.set_xticks(ticks, [f"{t:g}" for t in ticks]); ax.set_xlabel(title)
-    part = records[records.varied.str.contains("noise")]
-    for i, (noise, runs) in enumerate(part.groupby("noise", sort=False)):
-        axes[2].bar(i, runs.cs.mean(), color=COLOURS["gaussian_cs"], width=0.7)
-        axes[2].plot([i] * len(runs), runs.cs, linestyle="", marker=".", markersize=4, color="black", alpha=0.6)
-    axes[2].set_xticks(range(part.noise.nunique()), [n.replace("_", "\n") for n in part.noise.unique()], fontsize="small")
-    axes[2].set_xlabel("noise"); axes[2].grid(axis="x", visible=False); axes[0].set_ylabel(ACCURACY)
+    seed_line(axes[0], equal, "batch_size", "accuracy_cs", COLOURS["gaussian_cs"], "as many images", linestyle="--", markerfacecolor="white")
+    axes[0].legend(fontsize="small")
+    noises = list(panel("noise").noise.unique())
+    seed_line(axes[2], panel("noise").assign(place=lambda f: f.noise.map(noises.index)), "place", "cs", COLOURS["gaussian_cs"], linestyle="")
+    axes[2].set(xlabel="noise", xlim=(-0.5, len(noises) - 0.5))
+    axes[2].set_xticks(range(len(noises)), [n.replace("_", "\n") for n in noises], fontsize="small")
+    axes[0].set_ylabel(ACCURACY)
     return fig
 
 # %% ../nbs/10b_sweep_plots.ipynb #68210e28
