@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['nearest', 'unknown_name', 'one_of', 'Config', 'pick_device', 'pick_precision', 'autocast', 'deterministic']
 
-# %% ../nbs/00b_config.ipynb #ef68769d
+# %% ../nbs/00b_config.ipynb #16347999
 from difflib import get_close_matches
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 # %% ../nbs/00b_config.ipynb #2eeedbee
 def nearest(name, valid, cutoff=0.4):

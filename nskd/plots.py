@@ -6,16 +6,15 @@
 __all__ = ['COLOURS', 'NAMES', 'label', 'use_style', 'save_figure', 'plot_accuracy_by_method', 'plot_class_radar',
            'plot_activation_clouds', 'plot_coverage', 'plot_contexts']
 
-# %% ../nbs/10_plots.ipynb #8a1dc667
+# %% ../nbs/10_plots.ipynb #310399b3
 import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 
-# %% ../nbs/10_plots.ipynb #220a07e9
+# %% ../nbs/10_plots.ipynb #f6564183
 COLOURS = {
     # methods
     "gaussian_rs": "#999999", "ddg": "#E69F00", "gaussian_cs": "#56B4E9", "normshift": "#0072B2",
@@ -25,6 +24,8 @@ COLOURS = {
     "cs": "#0072B2", "rs": "#999999", "recal": "#F0E442",
     # kinds of input (Tol's muted palette: the eight colours above are taken)
     "train": "#332288", "test": "#44AA99", "noise": "#CC6677",
+    # weights of a network
+    "untrained": "#DDCC77", "trained": "#882255",
 }
 NAMES = {"gaussian_rs": "Gaussian + RS", "ddg": "DDG", "gaussian_cs": "Gaussian + CS", "normshift": "NormShift-KD",
          "bn": "BN teacher", "ln": "LN teacher", "gn": "GN teacher", "wrn28": "WRN-28", "wrn16": "WRN-16", "wrn40": "WRN-40",

@@ -7,8 +7,8 @@ __all__ = ['MIN_SEEDS', 'mean_se', 'interval', 'judge', 'per_seed', 'table_claim
            'modes_table', 'beside', 'claims_table', 'styled', 'markdown_table', 'markdown_claims', 'write_results',
            'publish', 'read_table', 'newest_summary']
 
-# %% ../nbs/11b_reporting.ipynb #91bc5455
-import os, re, sys
+# %% ../nbs/11b_reporting.ipynb #e09e4ff8
+import os, re
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from .data import load_dataset
 from .experiments import cell_teacher
 from .norms import teacher_context
 from .plots import NAMES, save_figure
-from .runs import claim, outputs_dir, provenance, read_json, repo_root, write_bytes, write_json
+from .runs import claim, outputs_dir, provenance, repo_root, write_bytes, write_json
 from .samplers import create_sampler
 
 # %% ../nbs/11b_reporting.ipynb #d9c950ba

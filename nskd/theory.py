@@ -9,7 +9,7 @@ __all__ = ['HANSON_WRIGHT', 'ScoreLaw', 'score_law', 'Rows', 'gaussian_tokens', 
            'irreducible_error', 'entropy', 'best_invariant_student', 'monte_carlo_error', 'check_proposition_51',
            'context_probabilities', 'error_share']
 
-# %% ../nbs/14_theory.ipynb #1afc87ca
+# %% ../nbs/14_theory.ipynb #f239aa24
 import math
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .norms import bn_mode

@@ -6,9 +6,9 @@
 __all__ = ['TheoryParameters', 'TheoryJob', 'head_checks', 'network_bound', 'selfless_head', 'measure_theory', 'run_theory',
            'theory_table', 'plot_theory', 'theory_claims']
 
-# %% ../nbs/15c_theory_runs.ipynb #d0c4e197
+# %% ../nbs/15c_theory_runs.ipynb #d6acb718
 import math
-from typing import Literal, Optional, Union
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 
 from .attention import attention_layers, materialised_attention, prefix_tokens, query_key_weights, row_statistics
-from .attention_runs import NARROW_TRANSFORMERS, Seeds
+from .attention_runs import AttentionParameters
 from .data import load_dataset
 from .config import Config
-from .experiments import NARROW, pick_workers, run_parallel
+from .experiments import RunParameters, Seeds, pick_workers, run_parallel
 from .models import create_model
 from .norms import bn_mode
 from .runs import cached, claim, code_key, versions
@@ -27,16 +27,16 @@ from .reporting import judge
 from .samplers import create_sampler
 from .teachers import teacher_recipe, train_teacher
 from .theory import (HANSON_WRIGHT, check_lemma_71, check_lemma_b1, check_proposition_51, check_shift, check_shift_layers, check_theorem_72,
-                         check_weight_bounds, context_probabilities, error_share, irreducible_error, random_head, score_law, score_range,
-                         self_bias, simulate_rows, tail_bound)
+                         check_weight_bounds, context_probabilities, error_share, irreducible_error, random_head, score_law, self_bias,
+                         simulate_rows, tail_bound)
 
-# %% ../nbs/15c_theory_runs.ipynb #8599528d
-class TheoryParameters(Config):
+# %% ../nbs/15c_theory_runs.ipynb #b9fa5b28
+class TheoryParameters(RunParameters):
     "Parameters of the theory notebook; its own comments say what each is."
+    narrow: ClassVar[dict] = AttentionParameters.narrow        # the networks of Tables 8 and 9
     model: str = "vit_tiny"
     bn_model: str = "wrn16"
     dataset: str = "digits"
-    width: Literal["narrow", "paper"] = "narrow"
     seeds: Seeds = 5
     tokens: int = Field(64, ge=3)
     sigma: float = Field(1.0, gt=0)
@@ -47,9 +47,8 @@ class TheoryParameters(Config):
     inputs: int = Field(4, ge=1)
     contexts: int = Field(64, ge=4)
     batch_size: int = Field(64, ge=2)
-    teacher_epochs: Optional[int] = Field(None, ge=1)
-    device: str = "auto"
-    workers: Union[int, Literal["auto"]] = "auto"
+
+    def networks(self): return {self.model, self.bn_model}
 
 class TheoryJob(Config):
     "One seed of the theory notebook."
@@ -93,18 +92,18 @@ def selfless_head(d_k, dim, generator=None):
     turn = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)] * (d_k // 2))
     return w_q, turn @ w_q
 
-# %% ../nbs/15c_theory_runs.ipynb #e410acd8
+# %% ../nbs/15c_theory_runs.ipynb #d00a89fb
 def _train(name, ds, p, seed, norm=None):
     recipe = teacher_recipe(ds, name)
     if p.teacher_epochs: recipe = recipe.replace(epochs=p.teacher_epochs)
-    width = {**NARROW, **NARROW_TRANSFORMERS}.get(name) if p.width == "narrow" else None
+    width = p.width_of(name)
     untrained = create_model(name, ds.num_classes, ds.channels, ds.image_size, norm=norm, width=width, seed=seed).eval()
     return untrained, train_teacher(name, ds, norm=norm, width=width, seed=seed, recipe=recipe, device=p.device, progress=False).cpu()
 
 def measure_theory(job):
     "All measurements of one seed, or their record from the cache: a JSON-like dict with `heads`, `shift`, `proposition`, `conditional`."
     p, ds = job.p, load_dataset(job.p.dataset)
-    attention_layers(create_model(p.model, ds.num_classes, ds.channels, ds.image_size, width=NARROW_TRANSFORMERS.get(p.model)))
+    attention_layers(create_model(p.model, ds.num_classes, ds.channels, ds.image_size, width=p.width_of(p.model)))
     untrained, vit = _train(p.model, ds, p, job.seed)
     _, cnn = _train(p.bn_model, ds, p, job.seed, "bn")
     config = {"vit": vit.record["key"], "cnn": cnn.record["key"], "p": p.model_dump(exclude={"seeds", "device", "workers"}), "seed": job.seed,
@@ -135,7 +134,7 @@ def _proposition(cnn, ds, p, seed, g):
     fixed = draw(p.inputs, generator=g)
     ask = lambda net, mode: context_probabilities(net, fixed, draw, p.contexts, p.batch_size, mode, generator=g)
     probs = ask(cnn, "cs")
-    ln = create_model(p.bn_model, ds.num_classes, ds.channels, ds.image_size, norm="ln", width=NARROW.get(p.bn_model), seed=seed).eval()
+    ln = create_model(p.bn_model, ds.num_classes, ds.channels, ds.image_size, norm="ln", width=p.width_of(p.bn_model), seed=seed).eval()
     raw = torch.rand(5, 4, generator=g, dtype=torch.float64).pow(3)
     finite = check_proposition_51(raw / raw.sum(1, keepdim=True), torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), generator=g)
     return {"finite": finite, "network": [check_proposition_51(q, generator=g) for q in probs], "share": error_share(probs),
@@ -144,7 +143,7 @@ def _proposition(cnn, ds, p, seed, g):
 def run_theory(p):
     "Every seed of `p`: (a DataFrame with one row a head, the seeds' records)."
     load_dataset(p.dataset)
-    jobs = [TheoryJob(seed=s, p=p) for s in p.seeds]
+    jobs = [TheoryJob(seed=s, p=p) for s in p.seed_list()]
     done = run_parallel(measure_theory, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="seeds")
     heads = [{"seed": j.seed, **h, "seconds": r["seconds"], "directory": r["directory"], "cached": r["cached"]} for j, r in zip(jobs, done) for h in r["heads"]]
     return pd.DataFrame(heads), [{"seed": j.seed, **r} for j, r in zip(jobs, done)]
@@ -169,30 +168,30 @@ def theory_table(heads, p):
         rows.append({**row, "paper": paper.format(cover=1 - p.delta)})
     return pd.DataFrame(rows)
 
-# %% ../nbs/15c_theory_runs.ipynb #88db7552
+# %% ../nbs/15c_theory_runs.ipynb #a9ebd164
 def plot_theory(heads, p):
     "Left: κ of every head, where (A1) needs 1. Right: Δ, its bound and log N by block, trained weights. Returns the figure."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
-    from nskd.plots import use_style
+    from nskd.plots import COLOURS, use_style
     use_style()
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.9))
-    for weights, colour, shift in (("untrained", "#999999", -0.15), ("trained", "#0072B2", 0.15)):
+    for weights, shift in (("untrained", -0.15), ("trained", 0.15)):
         part = heads[heads.weights == weights]
-        left.plot(part.block + shift, part.kappa, "o", color=colour, markersize=2.5, alpha=0.6, label=weights, markeredgewidth=0)
+        left.plot(part.block + shift, part.kappa, "o", color=COLOURS[weights], markersize=2.5, alpha=0.6, label=weights, markeredgewidth=0)
     left.axhline(1, color="black", linestyle=":", linewidth=1, label="(A1): at most 1")
     left.set(yscale="log", xlabel="block", ylabel="κ, a dot a head", title=f"(A1) on average kept by {(heads.kappa <= 1).mean():.0%} of heads")
     from matplotlib.ticker import ScalarFormatter, NullFormatter
     left.set_yticks([1, 2, 5, 10]); left.yaxis.set_major_formatter(ScalarFormatter()); left.yaxis.set_minor_formatter(NullFormatter())
     blocks = heads[heads.weights == "trained"].groupby("block")
-    for column, colour, label in (("bound", "#D55E00", "bound (Eq. 6)"), ("spread", "#0072B2", "Δ, Gaussian tokens"), ("network_spread", "#009E73", "Δ, the ViT on noise")):
+    for column, colour, label in (("bound", "black", "bound (Eq. 6)"), ("spread", COLOURS["trained"], "Δ, Gaussian tokens"), ("network_spread", COLOURS["noise"], "Δ, the ViT on noise")):
         right.plot(blocks[column].mean(), "o-", color=colour, markersize=3, label=label)
     right.axhline(math.log(p.tokens), color="black", linestyle=":", linewidth=1, label="log N: above it e^Δ/N > 1")
     right.set(xlabel="block", ylabel="score spread Δ", title="Trained weights", ylim=(0, None))
     for ax in (left, right): ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.legend(fontsize="x-small", frameon=True, framealpha=0.9)
     return fig
 
-# %% ../nbs/15c_theory_runs.ipynb #8053b19c
+# %% ../nbs/15c_theory_runs.ipynb #6e4a934e
 def theory_claims(heads, seeds, p):
     "The claims of sections 3.1, 5.2 and 7.1 and Appendix B, judged on `run_theory`'s results: a list of claims."
     return _score_claims(heads) + _theorem_claims(heads, seeds, p) + _shift_claims(seeds) + _proposition_claims(seeds)
@@ -202,7 +201,7 @@ def _adder(found): return lambda id, statement, source, verdict, evidence: found
 def _all_heads(pvalues): return bool((pvalues.min() * len(pvalues)) > 0.01), {"smallest_p": pvalues.min(), "tests": len(pvalues), "rejected": int((pvalues * len(pvalues) < 0.01).sum())}
 
 def _score_claims(heads):
-    found, by_seed = [], heads.groupby("seed")
+    found = []
     add = _adder(found)
     add("lemma-7.1-moments", "E[s_ij] = 0, Var(s_ij) = σ_s² and E[s_ii] = μ_self, for every head", "Lemma 7.1", *_all_heads(heads.p_moments))
     add("lemma-7.1-conditional", "Given its key a score is Gaussian with variance σ²‖Ax_j‖²/d_k, for every head", "Lemma 7.1", *_all_heads(heads.p_conditional))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 MODULES = sorted((ROOT/"nskd").glob("*.py"))
 # These are run by papermill, so each must have a cell of parameters.
-PARAMETERISED = re.compile(r"(table|figure|luminet_|functional_|singer_|distill).*\.ipynb")
+PARAMETERISED = re.compile(r"(table|figure|luminet_|functional_|singer_|distill|theory|claims|protocol).*\.ipynb")
 
 
 def read(path): return json.loads(path.read_text(encoding="utf-8"))

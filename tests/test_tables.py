@@ -1,7 +1,6 @@
 """Table notebooks, run by papermill as a user would: a run, a second run, and the ways to get a parameter wrong."""
 import json, os, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,6 +12,23 @@ def papermill(repo, notebook, output, *args, outputs=None):
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"NSKD_OUTPUTS": str(outputs or output.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "papermill", str(repo/f"nbs/{notebook}.ipynb"), str(output), *map(str, args)],
                           cwd=output.parent, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def smoke_runs(repo, base, *groups):
+    "Notebooks at the smoke tier into the folder `base`, two groups at a time, a group one after the other: {name: finished process}."
+    def run(names): return [(n, papermill(repo, n, base/f"{n}.ipynb", "-f", repo/f"params/smoke/{n}.yaml")) for n in names]
+    with ThreadPoolExecutor(2) as pool: return dict(sum(pool.map(run, groups), []))
+
+
+def check_smoke_results(base, done, name, claims):
+    "What every notebook leaves behind, its number of claims among it; the claims themselves."
+    assert done[name].returncode == 0, done[name].stderr[-2000:]
+    assert {p.name for p in (base/name).iterdir()} == {"records.csv", "table.csv", "claims.json", "summary.md", "results.json", "figure.png"}
+    found = json.loads((base/name/"claims.json").read_text())
+    assert len(found) == claims == len({c["id"] for c in found}) and {c["id"].split(".")[0] for c in found} == {name}
+    assert {c["verdict"] for c in found} <= {"holds", "fails", "inconclusive"}
+    assert json.loads((base/name/"results.json").read_text())["provenance"]["versions"]["torch"]
+    return found
 
 
 def numbers(folder, name):

@@ -1,6 +1,5 @@
 """Theory, Table 8 and Table 9, run by papermill as a user would."""
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from nskd.attention_runs import AttentionParameters, run_attention
 from nskd.experiments import check_parameters
 from nskd.theory_runs import TheoryParameters, run_theory
-from test_tables import papermill
+from test_tables import check_smoke_results, smoke_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NOTEBOOKS = {"theory": 29, "table8": 16, "table9": 9}            # claims in each
@@ -18,18 +17,13 @@ NOTEBOOKS = {"theory": 29, "table8": 16, "table9": 9}            # claims in eac
 def runs(repo, tmp_path_factory):
     "All three at the smoke tier; the tables share their networks and measurements."
     base = tmp_path_factory.mktemp("theory")
-    def run(names): return [(n, papermill(repo, n, base/f"{n}.ipynb", "-f", repo/f"params/smoke/{n}.yaml")) for n in names]
-    with ThreadPoolExecutor(2) as pool: return base, dict(sum(pool.map(run, (["theory"], ["table8", "table9"])), []))
+    return base, smoke_runs(repo, base, ["theory"], ["table8", "table9"])
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_smoke_run_leaves_its_results(runs, name):
     base, done = runs
-    assert done[name].returncode == 0, done[name].stderr[-2000:]
-    assert {p.name for p in (base/name).iterdir()} == {"records.csv", "table.csv", "claims.json", "summary.md", "results.json", "figure.png"}
-    claims = json.loads((base/name/"claims.json").read_text())
-    assert len(claims) == NOTEBOOKS[name] == len({c["id"] for c in claims}) and all(c["id"].startswith(name + ".") for c in claims)
-    assert {c["verdict"] for c in claims} <= {"holds", "fails", "inconclusive"}
+    check_smoke_results(base, done, name, NOTEBOOKS[name])
     assert (base/f"{name}.ipynb").stat().st_size < 300_000
 
 
