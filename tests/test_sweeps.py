@@ -1,11 +1,8 @@
 """The notebooks that vary one thing at a time, run by papermill as a user would, and the ways to get a parameter wrong."""
-import json
-from concurrent.futures import ThreadPoolExecutor
-
 import pandas as pd
 import pytest
 
-from test_tables import papermill
+from test_tables import check_smoke_results, papermill, smoke_runs
 
 CLAIMS = {"table1": 7, "table5": 12, "table6": 7, "table11": 5, "figure2": 8, "protocol": 7}
 
@@ -14,17 +11,13 @@ CLAIMS = {"table1": 7, "table5": 12, "table6": 7, "table11": 5, "figure2": 8, "p
 def runs(repo, tmp_path_factory):
     "All of them at the smoke tier, into one folder: they share teachers."
     base = tmp_path_factory.mktemp("sweeps")
-    def run(name): return papermill(repo, name, base/f"{name}.ipynb", "-f", repo/f"params/smoke/{name}.yaml")
-    with ThreadPoolExecutor(2) as pool: return base, dict(zip(CLAIMS, pool.map(run, CLAIMS)))
+    return base, smoke_runs(repo, base, *([name] for name in CLAIMS))
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_smoke_runs_succeed_and_leave_their_results(runs, name):
     base, done = runs
-    assert done[name].returncode == 0, done[name].stderr[-2000:]
-    assert {p.name for p in (base/name).iterdir()} == {"records.csv", "table.csv", "claims.json", "summary.md", "results.json", "figure.png"}
-    claims = json.loads((base/name/"claims.json").read_text())
-    assert len(claims) == CLAIMS[name] == len({c["id"] for c in claims}) and {c["id"].split(".")[0] for c in claims} == {name}
+    claims = check_smoke_results(base, done, name, CLAIMS[name])
     assert {c["verdict"] for c in claims} == {"inconclusive"}                         # one seed decides nothing
     assert set(pd.read_csv(base/name/"records.csv").seed) == {0}
 
