@@ -32,14 +32,14 @@ def _panels(n, width=2.9, height=2.5, **kw):
 
 ACCURACY = "student accuracy, CS mode (%)"
 
-# %% ../nbs/10b_sweep_plots.ipynb #3edec7d9
+# %% ../nbs/10b_sweep_plots.ipynb #85fb3650
 def plot_replacement(records):
     "Teacher and student accuracy by the share of BatchNorms replaced: `records` with columns replaced_by, fraction, seed, teacher_accuracy, cs; returns the figure."
-    fig, axes = _panels(2)
+    fig, axes = _panels(2, sharey=True)
     for norm, part in records.groupby("replaced_by", sort=False):
         for ax, y in zip(axes, ("teacher_accuracy", "cs")):
             seed_line(ax, part.assign(percent=100 * part.fraction), "percent", y, COLOURS[norm], f"BN → {norm.upper()}")
-    for ax, title in zip(axes, ("teacher, on real data (%)", ACCURACY)): ax.set(xlabel="BatchNorms replaced, from the output (%)", ylabel=title, xticks=range(0, 101, 25))
+    for ax, title in zip(axes, ("teacher, RS mode (%)", ACCURACY)): ax.set(xlabel="BatchNorms replaced (%)", ylabel=title, xticks=range(0, 101, 25))
     axes[0].legend(fontsize="small")
     return fig
 
