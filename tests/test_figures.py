@@ -27,7 +27,7 @@ def test_smoke_runs_succeed_and_leave_their_results(runs, name):
     assert len(claims) == CLAIMS[name] == len({c["id"] for c in claims}) and {c["id"].split(".")[0] for c in claims} == {name}
     assert {c["verdict"] for c in claims} <= {"holds", "fails", "inconclusive"}
     assert json.loads((base/name/"results.json").read_text())["provenance"]["versions"]["torch"]
-    assert set(pd.read_csv(base/name/"records.csv").seed) == {0, 1}
+    assert set(pd.read_csv(base/name/"records.csv").seed) == ({0} if name == "table12" else {0, 1})
 
 
 @pytest.mark.parametrize("name, args, words", [
