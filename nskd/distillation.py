@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult', 'distill',
            'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #162544bd
+# %% ../nbs/09_distillation.ipynb #007c06f2
 import copy, hashlib, json, math, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Optional
 
 import pandas as pd
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from tqdm import tqdm
 
 from .config import Config, autocast, deterministic, pick_device, pick_precision
@@ -29,7 +29,7 @@ from .teachers import train_teacher
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
-# %% ../nbs/09_distillation.ipynb #b89aab7a
+# %% ../nbs/09_distillation.ipynb #74c355f4
 Alpha = Annotated[Any, BeforeValidator(lambda v: v if v == "auto" else _check_alpha(v))]        # a float from 0 to 1, or "auto"
 
 class DistillConfig(Config):
@@ -40,7 +40,9 @@ class DistillConfig(Config):
     (`nskd.diagnostics.pick_alpha`). `requery`: ask the teacher about the kept batch again (Algorithm 2), or
     reuse its answers from the pool. `joint_pool`: query the k batches as one batch context of k·B instead of k of B.
     `pool_size`: distil from a fixed pool of so many inputs, the fairest of k times as many, instead of fresh noise;
-    `mixup`: blend pairs of inputs with a uniform weight (both as in DDG). `plateau`: cut the rate by `plateau_factor`
+    `mixup`: blend pairs of inputs with a uniform weight (both as in DDG). `target_contexts`: give every input of the
+    fixed pool one target for the whole run, the teacher's probabilities (at `tau`) averaged over so many random batches,
+    instead of asking in every step (NormShift-KD, Appendix D.6). `plateau`: cut the rate by `plateau_factor`
     after `plateau_patience` evaluations without a lower *distillation* loss (torch's own defaults; a run with no more
     evaluations than that keeps its rate); `plateau_on_test_accuracy` looks at test labels instead, as earlier public code does. `budget_seconds`: stop at a checkpoint after so long, to be continued.
     """
@@ -60,6 +62,7 @@ class DistillConfig(Config):
     requery: bool = True
     joint_pool: bool = False
     pool_size: Optional[int] = Field(None, ge=2)
+    target_contexts: Optional[int] = Field(None, ge=1)
     mixup: bool = False
     seed: int = Field(0, ge=0)
     eval_every: int = Field(100, ge=1)
@@ -67,6 +70,12 @@ class DistillConfig(Config):
     budget_seconds: Optional[float] = Field(None, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
+
+    @model_validator(mode="after")
+    def _targets(self):
+        if self.target_contexts and not self.pool_size: raise ValueError("target_contexts keeps one target for each input of a fixed pool: it needs pool_size")
+        if self.target_contexts and self.mixup: raise ValueError("target_contexts keeps one target for each input, and mixup makes new inputs in every step: mixup must be False")
+        return self
 
 # how a run is stored and for how long it may work has no part in what it computes
 _NOT_IDENTITY = ("budget_seconds", "checkpoint_every")
@@ -85,7 +94,7 @@ def step_seed(seed, step):
     "A seed for `step` (a number or a name) of run `seed`: their hash, 0 … 2**63 - 1."
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/09_distillation.ipynb #12228015
+# %% ../nbs/09_distillation.ipynb #bd70353c
 class Supervisor:
     """One batch of noise and the teacher's answers a call: `inputs (B, C, H, W), logits (B, classes)`.
 
@@ -94,7 +103,8 @@ class Supervisor:
     """
     def __init__(self, teacher, draw, cfg, num_classes, device):
         self.teacher, self.draw, self.cfg, self.num_classes, self.device = teacher, draw, cfg, num_classes, device
-        self.fixed = None
+        self.fixed = self.targets = None           # the fixed pool, and its cached targets
+        self.count_pool = True                     # a resumed run's tally has the pool already
         self.reset()
 
     def reset(self):
@@ -109,10 +119,10 @@ class Supervisor:
 
     @torch.no_grad()
     def __call__(self, g):
-        if self.cfg.pool_size: x, z = self._from_fixed_pool(g), None
+        if self.cfg.pool_size: x, z = self._from_fixed_pool(g)
         elif self.cfg.k == 1: x, z = self._noise(self.cfg.batch_size, g), None
         else: x, z = self._balanced(g)
-        if z is None or self.cfg.requery: z = self.query(x)
+        if z is None or (self.cfg.requery and self.targets is None): z = self.query(x)
         self._count("targets", z)
         return x, z
 
@@ -135,30 +145,43 @@ class Supervisor:
         return pool.inputs, pool.extra
 
     def _from_fixed_pool(self, g):
-        if self.fixed is None: self.fixed = self._build_pool()
+        "A batch of the fixed pool, and its cached targets or None."
+        if self.fixed is None:
+            self.fixed = self._build_pool()
+            if self.cfg.target_contexts: self.targets = self._average_answers(self.fixed)
         idx = torch.randint(len(self.fixed), (self.cfg.batch_size,), generator=g, device=self.device)
-        x = self.fixed[idx]
-        if not self.cfg.mixup: return x
+        x, z = self.fixed[idx], None if self.targets is None else self.targets[idx]
+        if not self.cfg.mixup: return x, z
         weight = torch.rand(len(x), 1, 1, 1, generator=g, device=self.device)
-        return weight * x + (1 - weight) * x[torch.randperm(len(x), generator=g, device=self.device)]
+        return weight * x + (1 - weight) * x[torch.randperm(len(x), generator=g, device=self.device)], z
 
+    # pool and targets are functions of the seed alone, so neither is checkpointed
     def _build_pool(self):
-        "The fairest `pool_size` of k times as many inputs; a function of the seed alone, so it is not checkpointed."
+        "The fairest `pool_size` of k times as many inputs."
         cfg, g = self.cfg, torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, "pool"))
         pool = BalancedPool(cfg.pool_size, self.num_classes, generator=g, device=self.device)
         for _ in range(math.ceil(cfg.k * cfg.pool_size / cfg.batch_size)):
             x = self._noise(cfg.batch_size, g)
             z = self.query(x)
             pool.add(x, z.argmax(1))
-            self._count("pool", z)
+            if self.count_pool: self._count("pool", z)
         return pool.inputs
+
+    def _average_answers(self, x):
+        "Logits whose softmax at tau is the mean of the teacher's over `target_contexts` random partitions of `x` into batches."
+        cfg, g = self.cfg, torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, "targets"))
+        p, batches = torch.zeros(len(x), self.num_classes, dtype=torch.float64, device=self.device), max(1, round(len(x) / cfg.batch_size))
+        for _ in range(cfg.target_contexts):
+            for idx in torch.randperm(len(x), generator=g, device=self.device).tensor_split(batches):
+                p[idx] += (self.query(x[idx]).double() / cfg.tau).softmax(1) / cfg.target_contexts
+        return (cfg.tau * p.clamp_min(torch.finfo(p.dtype).tiny).log()).float()
 
 def balance(counts):
     "Evenness of class counts: their entropy over log(classes), 1 when all are equal, 0 when one has all; NaN for none."
     p = counts.double() / counts.sum()
     return float(torch.special.entr(p).sum() / math.log(max(2, len(p))))
 
-# %% ../nbs/09_distillation.ipynb #36edc880
+# %% ../nbs/09_distillation.ipynb #96048f01
 class _Job:
     def __init__(self, teacher, student, cfg, draw, test_data, recal_images, num_classes, device):
         self.teacher, self.student, self.cfg, self.device = teacher, student, cfg, device
@@ -240,6 +263,7 @@ class _Job:
         self.student.load_state_dict(part("student"))
         self.best_state, self.loss_sum = part("best"), tensors["loss_sum"].to(self.device)
         self.supervise.tally.update(part("tally"))
+        self.supervise.count_pool = False
         params, state = list(self.student.parameters()), {}
         for key, v in tensors.items():
             if key.startswith("opt/"):

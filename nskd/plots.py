@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'NAMES', 'label', 'use_style', 'save_figure', 'plot_accuracy_by_method', 'plot_class_radar',
-           'plot_activation_clouds', 'plot_coverage', 'plot_contexts']
+           'plot_activation_clouds', 'plot_coverage', 'plot_contexts', 'plot_students']
 
 # %% ../nbs/10_plots.ipynb #310399b3
 import math
@@ -163,4 +163,32 @@ def plot_contexts(panels, columns=3):
     for ax in axes.flat[len(panels):]: ax.set_axis_off()
     for ax in axes[-1]: ax.set_xlabel("class")
     for ax in axes[:, 0]: ax.set_ylabel("probability")
+    return fig
+
+# %% ../nbs/10_plots.ipynb #b71f048b
+def plot_students(records, titles, coupled, chance, fluctuations):
+    """Bars of student accuracy, and beside them students' logit fluctuations against the teacher's; returns the figure.
+
+    `records`: a DataFrame with the columns network, seed, cs, teacher_accuracy, in percent. `titles`: {network: title}, in
+    order. `coupled`: networks whose answers depend on the batch. `chance`: percent. `fluctuations`: {title: (teacher's,
+    student's)}, each (N,), a panel each.
+    """
+    use_style()
+    fig, axes = plt.subplots(1, 1 + len(fluctuations), figsize=(4.4 + 1.9 * len(fluctuations), 2.6), width_ratios=[2.1, *[1] * len(fluctuations)])
+    left, clouds = axes[0], axes[1:]
+    for i, network in enumerate(titles):
+        part = records[records.network == network]
+        left.barh(i, part.cs.mean(), height=0.7, color=COLOURS["cs" if network in coupled else "rs"])
+        left.plot(part.cs, [i] * len(part), "o", color="black", markersize=2.5, alpha=0.6)
+    left.axvline(records.teacher_accuracy.mean(), color="black", linewidth=1); left.axvline(chance, color="black", linestyle=":", linewidth=0.8)
+    left.set_yticks(range(len(titles)), titles.values()); left.invert_yaxis(); left.grid(axis="y", visible=False)
+    left.set(xlim=(0, 102), xlabel="student accuracy (%)")
+    for ax, (title, (teacher, student)) in zip(clouds, fluctuations.items()):
+        ax.plot(teacher, student, ".", color=COLOURS["cs"], markersize=2, alpha=0.4, rasterized=True)
+        ax.set_title(title, fontsize="small"); ax.set_xlabel("teacher's logit change", fontsize="small"); ax.sharey(clouds[0])
+        ax.axhline(0, color="black", linewidth=0.5); ax.axvline(0, color="black", linewidth=0.5)
+    for ax in clouds[:1]: ax.set_ylabel("student's logit change", fontsize="small")
+    box, line = (lambda kind: plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind])), (lambda **kw: plt.Line2D([], [], color="black", **kw))
+    fig.legend([box("rs"), box("cs"), line(linewidth=1), line(linestyle=":", linewidth=0.8)],
+               ["answers one image at a time", "answers depend on the batch", "teacher", "chance"], loc="outside lower center", ncols=4, fontsize="small")
     return fig

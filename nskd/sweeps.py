@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Sweep', 'AlphaSweep', 'ReplacementSweep', 'SensitivitySweep', 'TransferSweep', 'RejectionSweep', 'ProtocolSweep',
-           'run_sweep', 'histories', 'cell_texts', 'pick_regret', 'break_even', 'factorial_effects']
+           'StudentSweep', 'run_sweep', 'histories', 'cell_texts', 'pick_regret', 'break_even', 'factorial_effects']
 
-# %% ../nbs/11c_sweeps.ipynb #ecbafba1
+# %% ../nbs/11c_sweeps.ipynb #820fe6b9
 import itertools
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -20,9 +20,9 @@ from .experiments import DistillStudy, Seeds, _each, _listed, run_cells
 from .models import list_models
 from .reporting import interval
 from .samplers import list_samplers
-from .studies import plus_minus
+from .studies import ContextStudy, plus_minus
 
-# %% ../nbs/11c_sweeps.ipynb #6e514657
+# %% ../nbs/11c_sweeps.ipynb #7517cd28
 def _values(kind, what, low, high=None):
     "A list of different numbers between `low` and `high`; commas in a string separate."
     def check(value):
@@ -136,6 +136,29 @@ class ProtocolSweep(Sweep):
             if len(getattr(self, name)) != 2: raise ValueError(f"{name} must be two levels, low and high, not {getattr(self, name)}")
         if any(s % self.eval_every for s in self.step_counts): raise ValueError(f"step_counts must be multiples of eval_every = {self.eval_every}, and {self.step_counts} are not")
         return self
+
+class StudentSweep(DistillStudy, ContextStudy):
+    "Parameters of Table 3: LayerNorm students of a BatchNorm teacher, with and without batch alignment, on noise in CS mode."
+    convnext: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "convnext"))] = "convnext_small"
+    vit: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "vit"))] = "vit_tiny"
+    seeds: Seeds = 5
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(128, ge=2)
+    vit_lr: float = Field(1e-3, gt=0)
+    pool_size: int = Field(6400, ge=2)
+    target_contexts: int = Field(10, ge=1)
+    inputs: int = Field(2, ge=1)
+
+    def networks(self): return {self.teacher, self.convnext, self.vit}
+
+    def plan(self):
+        "(labels, cell) of every student, slowest varying first: seed, student."
+        cached = dict(pool_size=self.pool_size, target_contexts=self.target_contexts)
+        students = {"convnext_ln": (self.convnext, None, {}), "convnext_aligned": (self.convnext, "aligned", {}), "vit_ln": (self.vit, None, {}),
+                    "vit_aligned": (self.vit, "aligned", {}), "vit_cached": (self.vit, "aligned", cached)}
+        rate = lambda network: self.lr if network == self.convnext else self.vit_lr
+        return [(dict(network=name), self.cell(seed, self.teacher, network, "bn", "gaussian_cs", student_norm=norm, options={"lr": rate(network), **options}))
+                for seed in self.seed_list() for name, (network, norm, options) in students.items()]
 
 # %% ../nbs/11c_sweeps.ipynb #d3e9e894
 def run_sweep(plan, workers="auto"):

@@ -148,7 +148,7 @@ def test_a_budget_in_a_loop_gets_there_with_the_same_student(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from test_distillation import *
 import nskd.distillation as d
 take = d._Job.take_step
@@ -156,18 +156,38 @@ def step(job):
     if job.step == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)
     take(job)
 d._Job.take_step = step
-distill(teacher(), student(), SHORT.replace(steps=8, checkpoint_every=1), sys.argv[1], progress=False)
+distill(teacher(), student(), SHORT.replace(steps=8, checkpoint_every=1, **json.loads(sys.argv[3])), sys.argv[1], progress=False)
 """
 
 
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, repo):
-    import os, signal, subprocess, sys
+@pytest.mark.parametrize("options", [{}, dict(pool_size=48, target_contexts=3)])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, repo, options):
+    import json, os, signal, subprocess, sys
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(repo/"tests"), str(repo)])}
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "5"], env=env)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "5", json.dumps(options)], env=env)
     assert killed.returncode == -signal.SIGKILL and (tmp_path/"checkpoint.safetensors").exists()
-    cfg = SHORT.replace(steps=8)
-    resumed = distill(teacher(), student(), cfg, tmp_path, progress=False)
-    assert tensors_key(resumed.student.state_dict()) == tensors_key(distill(teacher(), student(), cfg, progress=False).student.state_dict())
+    cfg = SHORT.replace(steps=8, **options)
+    resumed, whole = distill(teacher(), student(), cfg, tmp_path, progress=False), distill(teacher(), student(), cfg, progress=False)
+    assert tensors_key(resumed.student.state_dict()) == tensors_key(whole.student.state_dict())
+    pd.testing.assert_frame_equal(resumed.history.drop(columns="seconds"), whole.history.drop(columns="seconds"))
+
+
+@pytest.mark.parametrize("options, words", [(dict(target_contexts=4), "needs pool_size"), (dict(target_contexts=4, pool_size=64, mixup=True), "mixup must be False")])
+def test_cached_targets_need_a_pool_that_stands_still(options, words):
+    with pytest.raises(ValueError, match=words) as e: DistillConfig(**options)
+    assert "\n" not in str(e.value)
+
+
+def test_cached_targets_are_what_the_student_is_given():
+    "Of an input the student always gets one answer, whatever its batch; asked anew, the teacher gives it several."
+    def answers(**options):
+        net = teacher()
+        with teacher_context(net, "cs"):
+            s = Supervisor(net, create_sampler("gaussian", (1, 8, 8)), DistillConfig(k=1, batch_size=32, pool_size=8, **options), 10, torch.device("cpu"))
+            pairs = [pair for step in range(3) for pair in zip(*s(torch.Generator().manual_seed(step)))]
+        return len({x.numpy().tobytes() for x, _ in pairs}), len({z.numpy().tobytes() for _, z in pairs})
+    inputs, cached = answers(target_contexts=4)
+    assert inputs == cached == 8 < answers()[1]
 
 
 def test_bad_test_data_is_refused_before_the_run(tmp_path):

@@ -18,7 +18,7 @@ def runs(repo, tmp_path_factory):
 def test_smoke_runs_succeed_and_leave_their_results(runs, name):
     base, done = runs
     check_smoke_results(base, done, name, CLAIMS[name])
-    assert set(pd.read_csv(base/name/"records.csv").seed) == {0, 1}
+    assert set(pd.read_csv(base/name/"records.csv").seed) == ({0} if name == "table12" else {0, 1})
 
 
 @pytest.mark.parametrize("name, args, words", [
