@@ -6,7 +6,7 @@
 __all__ = ['NARROW_TRANSFORMERS', 'AttentionParameters', 'AttentionJob', 'measure_attention', 'run_attention', 'block_gaps',
            'per_model', 'spread_table', 'similarity_table', 'plot_blocks', 'table8_claims', 'table9_claims']
 
-# %% ../nbs/15b_attention_runs.ipynb #03da013a
+# %% ../nbs/15b_attention_runs.ipynb #a9ed7d52
 import math
 from typing import Annotated, ClassVar, Literal, Optional
 
@@ -20,7 +20,8 @@ from scipy import stats
 from .attention import attention_layers, attention_report
 from .data import load_dataset
 from .config import Config, pick_device
-from .experiments import NARROW, Names, RunParameters, Seeds, pick_workers, run_parallel
+from .experiments import pick_workers, run_parallel
+from .parameters import NARROW, Names, RunParameters, Seeds
 from .models import create_model
 from .runs import cached, claim, code_key, tensors_key, versions
 from .reporting import interval, judge

@@ -7,7 +7,7 @@ __all__ = ['Counts', 'BNStudy', 'HistogramStudy', 'ActivationStudy', 'CoverageSt
            'pretrained_teacher', 'trained_networks', 'ask_in_contexts', 'context_records', 'context_loss',
            'context_floor', 'accuracy_alone', 'plus_minus', 'seed_table', 'flip_rates_possible']
 
-# %% ../nbs/13b_studies.ipynb #dcee324c
+# %% ../nbs/13b_studies.ipynb #24ca273e
 import math
 from typing import Annotated, Literal, Optional
 
@@ -21,7 +21,8 @@ from .config import one_of
 from .data import load_dataset
 from .diagnostics import BatchDependence, batch_dependence, fluctuation_correlation
 from .evaluation import evaluate
-from .experiments import NARROW, Cell, Names, Seeds, StudyParameters, cell_student, cell_teacher, run_measures, _listed
+from .experiments import cell_student, cell_teacher, run_measures
+from .parameters import NARROW, Cell, Names, Seeds, StudyParameters, _listed
 from .models import create_model, list_models
 from .norms import norm_kinds, teacher_context
 from .reporting import mean_se

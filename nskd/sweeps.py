@@ -6,7 +6,7 @@
 __all__ = ['Sweep', 'AlphaSweep', 'ReplacementSweep', 'SensitivitySweep', 'TransferSweep', 'RejectionSweep', 'ProtocolSweep',
            'StudentSweep', 'run_sweep', 'histories', 'cell_texts', 'pick_regret', 'break_even', 'factorial_effects']
 
-# %% ../nbs/11c_sweeps.ipynb #820fe6b9
+# %% ../nbs/11c_sweeps.ipynb #d0b71591
 import itertools
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -16,7 +16,8 @@ import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
 
 from .config import one_of
-from .experiments import DistillStudy, Seeds, _each, _listed, run_cells
+from .experiments import run_cells
+from .parameters import DistillStudy, Seeds, _each, _listed
 from .models import list_models
 from .reporting import interval
 from .samplers import list_samplers

@@ -6,7 +6,7 @@
 __all__ = ['TheoryParameters', 'TheoryJob', 'head_checks', 'network_bound', 'selfless_head', 'measure_theory', 'run_theory',
            'theory_table', 'plot_theory', 'theory_claims']
 
-# %% ../nbs/15c_theory_runs.ipynb #d6acb718
+# %% ../nbs/15c_theory_runs.ipynb #580a047e
 import math
 from typing import ClassVar
 
@@ -19,7 +19,8 @@ from .attention import attention_layers, materialised_attention, prefix_tokens, 
 from .attention_runs import AttentionParameters
 from .data import load_dataset
 from .config import Config
-from .experiments import RunParameters, Seeds, pick_workers, run_parallel
+from .experiments import pick_workers, run_parallel
+from .parameters import RunParameters, Seeds
 from .models import create_model
 from .norms import bn_mode
 from .runs import cached, claim, code_key, versions

@@ -7,7 +7,8 @@ import torch
 
 from nskd.data import load_dataset
 from nskd.distillation import DistillConfig, Supervisor, distill, ledger_of
-from nskd.experiments import TableParameters, run_cells, table_cells
+from nskd.experiments import run_cells, table_cells
+from nskd.parameters import TableParameters
 from nskd.models import create_model
 from nskd.norms import norm_kinds, teacher_context
 from nskd.runs import tensors_key
