@@ -7,15 +7,13 @@ __all__ = ['Counts', 'BNStudy', 'HistogramStudy', 'ActivationStudy', 'CoverageSt
            'pretrained_teacher', 'trained_networks', 'ask_in_contexts', 'context_records', 'context_loss',
            'context_floor', 'accuracy_alone', 'plus_minus', 'seed_table', 'flip_rates_possible']
 
-# %% ../nbs/13b_studies.ipynb #24ca273e
+# %% ../nbs/13b_studies.ipynb #ed6e703c
 import math
 from typing import Annotated, Literal, Optional
 
 import numpy as np
 import pandas as pd
 from pydantic import BeforeValidator, Field, field_validator
-
-import torch
 
 from .config import one_of
 from .data import load_dataset

@@ -6,10 +6,9 @@
 __all__ = ['ACCURACY', 'seed_line', 'level', 'plot_replacement', 'plot_alpha', 'plot_sensitivity', 'plot_transfer', 'plot_curves',
            'plot_effects']
 
-# %% ../nbs/10b_sweep_plots.ipynb #e805f0e2
+# %% ../nbs/10b_sweep_plots.ipynb #f75768cb
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 
 from .plots import COLOURS, label, use_style
 
