@@ -32,7 +32,7 @@ STUDENTS = {"r34": ("r18", "mv2"), "wrn28": ("wrn16", "r18")}
 NARROW = {"wrn28": 1, "wrn16": 1, "wrn40": 1, "r18": 16, "r34": 16, "mv2": 0.25,
           "convnext_small": 1 / 12, "vit_tiny": 1 / 8, "vit_small": 1 / 8, "swin_tiny": 1 / 4}
 
-# %% ../nbs/11_parameters.ipynb #190cced7
+# %% ../nbs/11_parameters.ipynb #2116339c
 def _listed(value):
     "Commas in a string separate; a single value is a list of one."
     if isinstance(value, str): return [v.strip() for v in value.split(",")]
@@ -123,6 +123,13 @@ class DistillStudy(StudyParameters):
     plateau_patience: int = Field(10, ge=0)
     eval_every: int = Field(50, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    absent: ClassVar[tuple] = ()        # shared parameters that a study's notebook has no use for
+
+    @model_validator(mode="after")
+    def _no_use(self):
+        for name in self.absent:
+            if name in self.model_fields_set: raise ValueError(f"this notebook has no parameter {name!r}; it has {', '.join(f for f in type(self).model_fields if f not in self.absent)}")
+        return self
 
     def options(self, **changes):
         "Of `DistillConfig`, what these parameters say, with `changes`."

@@ -23,7 +23,7 @@ from .reporting import interval
 from .samplers import list_samplers
 from .studies import ContextStudy, plus_minus
 
-# %% ../nbs/11c_sweeps.ipynb #7517cd28
+# %% ../nbs/11c_sweeps.ipynb #c7a3ae27
 def _values(kind, what, low, high=None):
     "A list of different numbers between `low` and `high`; commas in a string separate."
     def check(value):
@@ -42,14 +42,6 @@ class Sweep(DistillStudy):
     steps: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=2)
     lr: float = Field(3e-3, gt=0)
-
-    absent: ClassVar[tuple] = ()        # shared parameters that a sweep's notebook has no use for
-
-    @model_validator(mode="after")
-    def _no_use(self):
-        for name in self.absent:
-            if name in self.model_fields_set: raise ValueError(f"this notebook has no parameter {name!r}; it has {', '.join(f for f in type(self).model_fields if f not in self.absent)}")
-        return self
 
     def networks(self): return {self.teacher, self.student}
 
@@ -140,6 +132,7 @@ class ProtocolSweep(Sweep):
 
 class StudentSweep(DistillStudy, ContextStudy):
     "Parameters of Table 3: LayerNorm students of a BatchNorm teacher, with and without batch alignment, on noise in CS mode."
+    absent: ClassVar[tuple] = ("alpha", "k")
     convnext: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "convnext"))] = "convnext_small"
     vit: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "vit"))] = "vit_tiny"
     seeds: Seeds = 5
