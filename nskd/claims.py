@@ -126,7 +126,7 @@ def combine(verdicts):
     if "fails" in found: return "fails"
     return "inconclusive" if "inconclusive" in found else "holds"
 
-# %% ../nbs/16_claims.ipynb #c6371e59
+# %% ../nbs/16_claims.ipynb #052155e1
 def build_ledger(entries, runs, ours=(), absent=()):
     """The paper's claims with their verdicts, and the checks that are ours: two lists of dicts, one an entry (or check) and tier.
 
@@ -143,8 +143,9 @@ def build_ledger(entries, runs, ours=(), absent=()):
             used.update((r.name, c["id"]) for r, c in found)
             return found
         for e in entries:
-            found = list({(r.name, c["id"]): (r, c) for ref in e.checks for r, c in find(ref, f"claim {e.number}")}.values())
-            ledger.append(_line(e, tier, found))
+            by_reference = {ref: find(ref, f"claim {e.number}") for ref in e.checks}
+            found = list({(r.name, c["id"]): (r, c) for pairs in by_reference.values() for r, c in pairs}.values())
+            ledger.append(_line(e, tier, found, [ref for ref, pairs in by_reference.items() if not pairs]))
         for reference in ours: own += [_line(Entry(0, "ours", c["statement"], c["source"], ()), tier, [(r, c)]) for r, c in find(reference, "the list of ours")]
         left = [f"{r.name}/{c['id']}" for r in here for c in r.checks if (r.name, c["id"]) not in used]
         if left and "all" not in absent: raise ValueError(f"the ledger says nothing about {', '.join(left)}: name it in an entry, or among ours")
@@ -164,14 +165,14 @@ def _allow_missing(reference, what, runs, absent):
     near = nearest(id, [c["id"] for r in present for c in r.checks])
     raise ValueError(f"{what} refers to {reference}, which no run holds" + (f", did you mean {near}?" if near else ""))
 
-def _line(entry, tier, found):
-    "One line of the ledger, JSON-like."
+def _line(entry, tier, found, missing=()):
+    "One line of the ledger, JSON-like; `missing`: references without a run."
     checks = [{"run": r.name, "id": c["id"], "verdict": c["verdict"], "statement": c["statement"], "evidence": _evidence(c)} for r, c in found]
     verdict = combine(c["verdict"] for c in checks)
     runs = {r.name: r for r, _ in found}.values()
-    waiting = f"no run of {', '.join(dict.fromkeys(c.rpartition('/')[0] or c.split('.')[0] for c in entry.checks))} yet" if entry.checks else entry.reason
+    waiting = f"no run of {', '.join(dict.fromkeys(c.rpartition('/')[0] or c.split('.')[0] for c in missing))} yet" if missing else entry.reason
     return {"number": entry.number, "topic": entry.topic, "statement": entry.statement, "place": entry.place, "tier": tier, "verdict": verdict,
-            "evidence": _decisive(checks) if checks else waiting, "seeds": sorted({_seeds(r, c) for r, c in found} - {None}), "checks": checks,
+            "evidence": "; ".join(filter(None, (_decisive(checks) if checks else "", waiting))), "seeds": sorted({_seeds(r, c) for r, c in found} - {None}), "checks": checks,
             "runs": [{"name": r.name, "commit": r.commit, "link": r.link} for r in runs]}
 
 def _evidence(check): return claims_table([check])["mean [95 % interval]"].iloc[0]
