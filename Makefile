@@ -14,25 +14,48 @@ export OMP_WAIT_POLICY := PASSIVE
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH
 
-# $(call papermill,NAME): nbs/NAME.ipynb with its teacher, into outputs/NAME-TEACHER.ipynb unless OUT says where
+# All tables and figures, the ledger of claims last: it reads what the others leave.
+NOTEBOOKS := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/figure*.ipynb nbs/table*.ipynb nbs/protocol.ipynb nbs/theory.ipynb))) claims
+# A recipe line with $(MAKE) itself would run under `make -n` too.
+AGAIN := $(MAKE)
+
+# $(call papermill,NAME,RUN,WORDS): nbs/NAME.ipynb, with WORDS and ARGS for papermill, into outputs/RUN.ipynb unless OUT says where
 define papermill
-	@mkdir -p outputs "$$(dirname '$(or $(OUT),outputs/$(1)-$(TEACHER).ipynb)')"
-	$(BIN)/papermill nbs/$(1).ipynb '$(or $(OUT),outputs/$(1)-$(TEACHER).ipynb)' -p teacher '$(TEACHER)' $(ARGS)
+	@mkdir -p outputs "$$(dirname '$(or $(OUT),outputs/$(2).ipynb)')"
+	$(BIN)/papermill nbs/$(1).ipynb '$(or $(OUT),outputs/$(2).ipynb)' $(3) $(ARGS)
 	@$(BIN)/python -m nskd.reporting
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help table2 table4 test lab export readme clean distclean
+.PHONY: help table2 table4 tables test lab export readme clean distclean
+.PHONY: $(NOTEBOOKS)
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3] [TEACHER=wrn28] [OUT=...] [ARGS="..."]'
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo '  NAME       run one notebook, OUT and ARGS as above: $(NOTEBOOKS)'
 
 table2: $(READY) ## run Table 2 with papermill: TEACHER=wrn28, OUT=where to, ARGS="more for papermill"
-	$(call papermill,table2)
+	$(call papermill,table2,table2-$(TEACHER),-p teacher '$(TEACHER)')
 
 table4: $(READY) ## run Table 4, a hundred classes; TEACHER, OUT and ARGS as above
-	$(call papermill,table4)
+	$(call papermill,table4,table4-$(TEACHER),-p teacher '$(TEACHER)')
+
+$(filter-out table2 table4 claims,$(NOTEBOOKS)): %: $(READY)
+	$(call papermill,$*,$*,)
+
+claims: $(READY)
+	$(call papermill,claims,claims,-p source fresh -p absent all)
+
+tables: $(READY) ## run every table and figure, one after the other, then the ledger of claims; what was trained before is reused
+	@mkdir -p outputs; failed=; began=$$(date +%s); \
+	for name in $(NOTEBOOKS); do \
+	  start=$$(date +%s); said=; \
+	  $(AGAIN) --no-print-directory $$name OUT= >outputs/$$name.log 2>&1 || { failed="$$failed $$name"; said=", failed: see outputs/$$name.log"; }; \
+	  echo "$$name: $$(($$(date +%s) - start)) s$$said"; \
+	done; \
+	echo "all: $$(($$(date +%s) - began)) s"; \
+	if [ "$$failed" ]; then echo "error: failed:$$failed" >&2; exit 1; fi
 
 test: $(READY) ## run the notebooks as tests (WORKERS=2 at a time), then pytest (ARGS="more for pytest"); either one failing fails it
 	@status=0; \

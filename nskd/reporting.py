@@ -7,7 +7,7 @@ __all__ = ['MIN_SEEDS', 'mean_se', 'interval', 'judge', 'per_seed', 'table_claim
            'modes_table', 'beside', 'claims_table', 'styled', 'markdown_table', 'markdown_claims', 'write_results',
            'publish', 'read_table', 'newest_summary']
 
-# %% ../nbs/11b_reporting.ipynb #e09e4ff8
+# %% ../nbs/11b_reporting.ipynb #2571a524
 import os, re
 
 import numpy as np
@@ -19,7 +19,7 @@ from .config import pick_device
 from .data import load_dataset
 from .experiments import cell_teacher
 from .norms import teacher_context
-from .plots import NAMES, save_figure
+from .plots import NAMES, VERDICT_COLOURS, save_figure
 from .runs import claim, outputs_dir, provenance, repo_root, write_bytes, write_json
 from .samplers import create_sampler
 
@@ -109,7 +109,7 @@ def context_gap(cells, norm="ln", n=64):
         gaps += [(z - answers[0]).abs().max().item() for z in answers[1:]]
     return max(gaps, default=None)
 
-# %% ../nbs/11b_reporting.ipynb #6260733e
+# %% ../nbs/11b_reporting.ipynb #0fdc3db8
 def _pair(teacher, student):
     return f"{NAMES.get(teacher, teacher)} → {NAMES.get(student, student)}"
 
@@ -162,13 +162,11 @@ def claims_table(claims):
         return f"{num(e['mean'])}{unit and ' ' + unit} [{num(e['low'])}, {num(e['high'])}], n = {e['n']}{effect}"
     return pd.DataFrame([{"verdict": c["verdict"], "claim": c["statement"], "mean [95 % interval]": evidence(c["evidence"])} for c in claims])
 
-_VERDICT_COLOURS = {"holds": "#009E73", "fails": "#D55E00", "inconclusive": "#777777"}
-
 def styled(table):
     "A pandas Styler in the repository's style, verdicts coloured; for display in a notebook."
     style = table.style.format(precision=1)
     if "verdict" in table.columns:
-        style = style.hide(axis="index").map(lambda v: f"color: {_VERDICT_COLOURS.get(v, 'inherit')}; font-weight: bold", subset=["verdict"])
+        style = style.hide(axis="index").map(lambda v: f"color: {VERDICT_COLOURS.get(v, 'inherit')}; font-weight: bold", subset=["verdict"])
     elif isinstance(table.index, pd.RangeIndex): style = style.hide(axis="index")
     return style.set_properties(**{"text-align": "left"}).set_table_styles([{"selector": "th", "props": "text-align: left"}])
 

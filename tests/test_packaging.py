@@ -12,6 +12,7 @@ except ModuleNotFoundError: import tomli as tomllib     # Python 3.10; pytest br
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 MODULES = sorted((ROOT/"nskd").glob("*.py"))
+RUNS = {p.stem for p in NOTEBOOKS if re.fullmatch("(table|figure)[0-9]+|protocol|theory|claims", p.stem)}     # by `make tables`
 # These are run by papermill, so each must have a cell of parameters.
 PARAMETERISED = re.compile(r"(table|figure|luminet_|functional_|singer_|distill|theory|claims|protocol).*\.ipynb")
 
@@ -174,12 +175,41 @@ class TestMake:
         phony = re.search(r"^\.PHONY:(.*)$", (ROOT/"Makefile").read_text(), re.M)[1].split()
         help_ = self.make()
         assert help_.returncode == 0
-        assert phony == [line.split()[0] for line in help_.stdout.splitlines()[1:]]
-        assert {"help", "table2", "test", "lab", "export", "readme", "clean", "distclean"} <= set(phony)
+        *targets, notebooks = help_.stdout.splitlines()[1:]
+        assert phony == [line.split()[0] for line in targets]
+        assert notebooks.split()[0] == "NAME" and set(notebooks.split()[-len(RUNS):]) == RUNS and notebooks.endswith(" claims")
+        assert {"help", "table2", "tables", "test", "lab", "export", "readme", "clean", "distclean"} <= set(phony)
 
     def test_table2_is_one_papermill_command(self):
         plan = self.make("-n", "-o", ".venv/.ok", "table2", "TEACHER=r34", "ARGS=-p seeds 2").stdout
         assert ".venv/bin/papermill nbs/table2.ipynb 'outputs/table2-r34.ipynb' -p teacher 'r34' -p seeds 2" in plan
+
+    def test_every_notebook_has_a_target(self):
+        plan = lambda *words: self.make("-n", "-o", ".venv/.ok", *words).stdout
+        for name in RUNS - {"table2", "table4", "claims"}:
+            assert f".venv/bin/papermill nbs/{name}.ipynb 'outputs/{name}.ipynb'  -p seeds 2\n" in plan(name, "ARGS=-p seeds 2"), name
+        assert ".venv/bin/papermill nbs/claims.ipynb 'outputs/claims.ipynb' -p source fresh -p absent all" in plan("claims")
+        assert "'elsewhere/t.ipynb'" in plan("table7", "OUT=elsewhere/t.ipynb") and "mkdir" in plan("tables")
+
+    def test_tables_runs_all_goes_on_after_a_failure_and_names_it(self, tmp_path):
+        shutil.copy(ROOT/"Makefile", tmp_path)
+        for name in ("requirements.txt", "pyproject.toml", ".venv/bin/x", "nbs/table2.ipynb", "nbs/figure1.ipynb", "nbs/theory.ipynb", "nbs/claims.ipynb",
+                     "nbs/01_data.ipynb"):
+            (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path/name).touch()
+        for name, script in (("papermill", 'echo "$1" >> ran; test "$1" != nbs/table2.ipynb'), ("python", "true")):
+            (tmp_path/".venv/bin"/name).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path/".venv/bin"/name).chmod(0o755)
+        (tmp_path/".venv/.ok").touch()
+        plan = self.make("-n", "tables", folder=tmp_path)
+        assert plan.returncode == 0 and not (tmp_path/"outputs").exists()           # a plan runs nothing
+        done = self.make("tables", "OUT=ignored.ipynb", folder=tmp_path)
+        assert (tmp_path/"ran").read_text().split() == [f"nbs/{n}.ipynb" for n in ("figure1", "table2", "theory", "claims")]
+        assert [re.sub(r"\d+ s", "0 s", line) for line in done.stdout.splitlines()] == [
+            "figure1: 0 s", "table2: 0 s, failed: see outputs/table2.log", "theory: 0 s", "claims: 0 s", "all: 0 s"]
+        assert done.returncode != 0 and "error: failed: table2\n" in done.stderr and "papermill nbs/table2.ipynb" in (tmp_path/"outputs/table2.log").read_text()
+        (tmp_path/".venv/bin/papermill").write_text("#!/bin/sh\n")
+        assert self.make("tables", folder=tmp_path).returncode == 0
 
     @pytest.mark.parametrize("python, says", [
         ("no-such-python", "error: no-such-python does not run"),
