@@ -62,7 +62,7 @@ def read_entries(topics):
         if bool(e.checks) == bool(e.reason): raise ValueError(f"claim {e.number} needs either checks or a reason for having none")
     return entries
 
-# %% ../nbs/16_claims.ipynb #e40097cc
+# %% ../nbs/16_claims.ipynb #c4d981cb
 COMPANIONS = ("luminet", "functional", "singer")           # runs of other papers have ledgers of their own
 
 class Run(NamedTuple):
@@ -88,10 +88,12 @@ def read_runs(tiers, source="published"):
         known = sorted(f.name for f in published_dir().glob("*") if f.is_dir())
         for t in tiers: one_of(t, known, "a published tier")
         runs = [_read_run(f.parent, t) for t in tiers for f in sorted((published_dir() / t).glob("*/claims.json"))]
-    else:
-        runs = [r for f in sorted(outputs_dir().glob("*/claims.json")) if (r := _read_run(f.parent)).tier in tiers]
-        if not runs: raise ValueError(f"there are no runs of {', '.join(tiers)} in {outputs_dir()} yet: run some notebooks first")
-    return [r for r in runs if r.name != "claims" and not r.name.startswith(COMPANIONS)]
+    else:       # published/claims.json is a ledger, not a run
+        folders = [f.parent for f in sorted(outputs_dir().glob("*/claims.json")) if f.parent.name != "published"]
+        runs = [r for f in folders if (r := _read_run(f)).tier in tiers]
+    runs = [r for r in runs if r.name != "claims" and not r.name.startswith(COMPANIONS)]
+    if not runs: raise ValueError(f"there are no {source} runs of {', '.join(tiers)} in {outputs_dir() if source == 'fresh' else published_dir()} yet: run some notebooks first")
+    return runs
 
 def _read_run(directory, tier=None):
     for f in ("claims.json", "results.json"):
@@ -184,7 +186,7 @@ def _decisive(checks):
 
 def _seeds(run, check): return check["evidence"].get("n", run.seeds)
 
-# %% ../nbs/16_claims.ipynb #894d74a1
+# %% ../nbs/16_claims.ipynb #0f40cb4d
 ORDER = ("holds", "mixed", "inconclusive", "fails", "not tested")
 
 def count_verdicts(ledger):
@@ -193,10 +195,11 @@ def count_verdicts(ledger):
 
 def ledger_table(ledger):
     "The ledger as a DataFrame to look at, one row a claim (and tier, where there are several)."
-    several = len({line["tier"] for line in ledger}) > 1
-    return pd.DataFrame([{"no.": line["number"], "claim": line["statement"], "in the paper": line["place"], **({"tier": line["tier"]} if several else {}),
-                          "verdict": line["verdict"], "evidence": line["evidence"], "seeds": "–".join(map(str, line["seeds"][:1] + line["seeds"][1:][-1:])),
-                          "run": ", ".join(f"{r['name']} ({r['commit']})" for r in line["runs"])} for line in ledger])
+    columns = ["no.", "claim", "in the paper", "tier", "verdict", "evidence", "seeds", "run"]
+    rows = [(line["number"], line["statement"], line["place"], line["tier"], line["verdict"], line["evidence"], "–".join(map(str, line["seeds"][:1] + line["seeds"][1:][-1:])),
+             ", ".join(f"{r['name']} ({r['commit']})" for r in line["runs"])) for line in ledger]
+    table = pd.DataFrame(rows, columns=columns)
+    return table if table.tier.nunique() > 1 else table.drop(columns="tier")
 
 def markdown_ledger(ledger, up="../"):
     "The ledger as Markdown, a line a claim, its runs as links; `up`: from the page's folder to the repository's root."

@@ -58,6 +58,8 @@ def test_the_readme_shows_the_published_ledger(repo, published):
 
 def test_fresh_runs_are_read_from_outputs(repo, tmp_path):
     shutil.copytree(published_dir()/"digits/table7", tmp_path/"table7")
+    (tmp_path/"published").mkdir()
+    shutil.copy(published_dir()/"claims.json", tmp_path/"published")                # as in outputs/
     done = papermill(repo, "claims", tmp_path/"out.ipynb", "-f", repo/"params/smoke/claims.yaml", "-p", "source", "fresh", "-p", "absent", "all")
     assert done.returncode == 0, done.stderr[-2000:]
     ledger = json.loads((tmp_path/"claims.json").read_text())["claims"]
@@ -67,7 +69,7 @@ def test_fresh_runs_are_read_from_outputs(repo, tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     (["-p", "tiers", "digist"], "a published tier must be one of digits, not 'digist', did you mean 'digits'?"),
-    (["-p", "source", "fresh"], "there are no runs of digits in"),
+    (["-p", "source", "fresh"], "there are no fresh runs of digits in"),
     (["-p", "absnt", "all"], "did you mean 'absent'?"),
 ])
 def test_bad_parameters_fail_at_once_in_one_sentence(repo, tmp_path, args, words):
