@@ -70,7 +70,7 @@ def noise_logits(teacher, draw, n, mode="auto", alpha=0.5, batch_size=256, gener
             size = n // batches + (i < n % batches)
             yield _check_answers(teacher(draw(size, generator=g, device=device)).float())
 
-# %% ../nbs/13_diagnostics.ipynb #3d3d9671
+# %% ../nbs/13_diagnostics.ipynb #5113e7ca
 @dataclass(frozen=True)
 class ClassHistogram:
     """What a teacher answers on noise: `counts` int64 (C,) by most likely class, `soft` float64 (C,) mean probabilities.
@@ -82,6 +82,12 @@ class ClassHistogram:
     soft: torch.Tensor
     information: Information
 
+    @property
+    def marginal_entropy(self): return self.information.marginal_entropy
+    @property
+    def conditional_entropy(self): return self.information.conditional_entropy
+    @property
+    def mutual_information(self): return self.information.mutual_information
     @property
     def n(self): return int(self.counts.sum())
     @property
@@ -321,3 +327,10 @@ def channel_mismatches(a, b):
 def activation_mismatch(a, b):
     "Mean of `channel_mismatches` over channels: one number, about 0 … 1."
     return float(channel_mismatches(a, b).mean())
+
+# %% ../nbs/13_diagnostics.ipynb #1ec23ab2
+def __getattr__(name):
+    # preflight builds on this module, so it can't be imported at the top
+    if name != "preflight": raise AttributeError(f"module 'nskd.diagnostics' has no attribute {name!r}")
+    from nskd.preflight import preflight
+    return preflight
