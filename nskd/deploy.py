@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['SIZES', 'recalibrated', 'accuracy_by_batch_size', 'skewed_batches', 'accuracy_by_skew']
 
-# %% ../nbs/19_deploy.ipynb #76b17aa1
-import copy, json, math, warnings
-from pathlib import Path
+# %% ../nbs/19_deploy.ipynb #b7636164
+import copy, math
 
 import pandas as pd
 import torch
 
 from .evaluation import eval_batches, recalibrate
 from .norms import bn_mode, norm_kinds
-from .runs import save_tensors, write_bytes, write_json
 
 # %% ../nbs/19_deploy.ipynb #7050e6dd
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['file_kind', 'read_weights', 'build', 'load_weights', 'lift_norms', 'load_teacher', 'describe_norms', 'check_teacher']
 
-# %% ../nbs/17_loading.ipynb #39d25a94
-import importlib, io, json, pickle, re, sys, zipfile
+# %% ../nbs/17_loading.ipynb #9f14b391
+import importlib, io, json, pickle, sys, zipfile
 from pathlib import Path
 
 import torch

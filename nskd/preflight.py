@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER_NOISE', 'admissible_modes', 'Preflight', 'company_flips', 'forward_cost', 'judge_teacher', 'preflight']
 
-# %% ../nbs/18_preflight.ipynb #d83e2428
+# %% ../nbs/18_preflight.ipynb #43260447
 import math, time
 from dataclasses import dataclass, field
 
@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import autocast, pick_device
-from .diagnostics import ALPHAS, ClassHistogram, class_histogram, noise_logits, share_bounds
+from .config import pick_device
+from .diagnostics import ALPHAS, class_histogram, share_bounds
 from .loading import check_teacher, describe_norms
 from .norms import norm_kinds, teacher_context
 from .samplers import create_sampler
