@@ -12,7 +12,7 @@ import numpy as np
 
 from .plots import COLOURS, label, use_style
 
-# %% ../nbs/10b_sweep_plots.ipynb #f2156740
+# %% ../nbs/10b_sweep_plots.ipynb #37db31e2
 def seed_line(ax, records, x, y="cs", colour="black", name=None, **line):
     "Draw the mean of `y` by `x` over seeds as a line, and every seed as a dot; `line`: more for matplotlib's plot."
     mean = records.groupby(x)[y].mean()
@@ -24,7 +24,7 @@ def level(ax, values, colour="black", name=None, **line):
     ax.axhline(np.mean(values), color=colour, label=name, **{"linewidth": 1.2, **line})
     ax.axhspan(min(values), max(values), color=colour, alpha=0.12, linewidth=0)
 
-def _panels(n, width=2.9, height=2.5, **kw):
+def _panels(n, width=2.9, height=2.8, **kw):
     use_style()
     fig, axes = plt.subplots(1, n, figsize=(width * n + 0.3, height), squeeze=False, **kw)
     return fig, axes[0]
