@@ -68,8 +68,10 @@ def test_nbdev_is_held_below_three(pyproject):
         assert dev[name].contains(works) and not dev[name].contains(breaks), name
 
 
-def test_dev_takes_in_the_notebooks_extra(pyproject):
-    assert "nskd[notebooks]" in pyproject["project"]["optional-dependencies"]["dev"]
+def test_dev_takes_in_the_other_extras(pyproject):
+    extras = pyproject["project"]["optional-dependencies"]
+    (own,) = (r for r in map(Requirement, extras["dev"]) if r.name == "nskd")
+    assert own.extras == set(extras) - {"dev"}
 
 
 # ---- notebooks
