@@ -5,30 +5,27 @@
 # %% auto #0
 __all__ = ['BringParameters', 'demo_teacher', 'optional_data']
 
-# %% ../nbs/21_bring.ipynb #be6929c1
+# %% ../nbs/21_bring.ipynb #ffad6fd3
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
-import torch
 from pydantic import BeforeValidator, Field, field_validator
 
-from .config import Config, one_of
 from .data import load_dataset
 from .distillation import Alpha, DistillConfig
 from .export import export_program
-from .models import create_model, list_models
-from .parameters import _device, _listed
+from .parameters import DistillFields, _device, _listed
 from .runs import outputs_dir
 from .teachers import TeacherRecipe, train_teacher
 
-# %% ../nbs/21_bring.ipynb #1577fcc9
+# %% ../nbs/21_bring.ipynb #a6c60a45
 def _shape(value):
     try: shape = tuple(int(v) for v in _listed(value))
     except (TypeError, ValueError): shape = ()
     if len(shape) != 3 or min(shape) < 1: raise ValueError(f"input_shape must be channels,height,width, such as 3,32,32, not {value!r}")
     return shape
 
-class BringParameters(Config):
+class BringParameters(DistillFields):
     "Parameters of distill.ipynb; its own comments say what each is."
     teacher: str = "demo"
     architecture: str = ""
@@ -41,18 +38,11 @@ class BringParameters(Config):
     demo_epochs: Optional[int] = Field(None, ge=1)
     test_data: str = ""
     force: bool = False
-    steps: int = Field(200, ge=1)
-    batch_size: int = Field(128, ge=2)
-    k: int = Field(4, ge=1)
     alpha: Alpha = "auto"
-    tau: float = Field(1.0, gt=0)
-    lr: float = Field(3e-3, gt=0)
-    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
-    eval_every: int = Field(50, ge=1)
+    schedule: Literal["plateau", "cosine", "constant"] = "plateau"        # none that looks at labels
     budget_seconds: Optional[float] = Field(None, gt=0)
     preflight_seconds: float = Field(60.0, gt=0)
     seed: int = Field(0, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Annotated[str, BeforeValidator(_device)] = "auto"
 
     @field_validator("run")
@@ -63,7 +53,7 @@ class BringParameters(Config):
 
     def config(self, alpha):
         "The `DistillConfig`, with the alpha that preflight chose (None: nothing is aligned)."
-        names = ("steps", "batch_size", "k", "tau", "lr", "schedule", "eval_every", "budget_seconds", "seed", "precision", "device")
+        names = ("steps", "batch_size", "k", "tau", "lr", "schedule", "plateau_patience", "eval_every", "budget_seconds", "seed", "precision", "device")
         return DistillConfig(**{n: getattr(self, n) for n in names}, checkpoint_every=self.eval_every, alpha=0.5 if alpha is None else alpha,
                              teacher_mode="rs" if alpha == 0 else "auto")
 

@@ -50,7 +50,7 @@ def accuracy_by_batch_size(net, images, labels, sizes=SIZES, recal_images=None, 
         rows.append((f"recal@{draw.name}", 1, _accuracy(recalibrated(net, x), images, labels, "rs", whole)))
     return pd.DataFrame(rows, columns=["mode", "batch_size", "accuracy"])
 
-# %% ../nbs/19_deploy.ipynb #018dde91
+# %% ../nbs/19_deploy.ipynb #245d5ffb
 def skewed_batches(labels, batch_size, share, seed=0):
     """Indices of batches in which one class, another one each time, has about `share` of the places: a list of int64 tensors.
 
@@ -60,8 +60,8 @@ def skewed_batches(labels, batch_size, share, seed=0):
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=g)
     own = torch.rand(len(order), generator=g) < share                      # places for the batch's own class
-    grouped = order[own][labels[order[own]].argsort(stable=True)]           # sorted by class
-    mixed = order[~own]
+    grouped, mixed = order[own], order[~own]
+    grouped = grouped[labels[grouped].argsort(stable=True)]                # by class
     count = max(1, len(labels) // batch_size)
     return [torch.cat(pair) for pair in zip(grouped.tensor_split(count), mixed.tensor_split(count))]
 

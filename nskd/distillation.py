@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult', 'distill',
            'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #007c06f2
+# %% ../nbs/09_distillation.ipynb #59ad2a51
 import copy, hashlib, json, math, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from tqdm import tqdm
 
-from .config import Config, autocast, deterministic, pick_device, pick_precision
+from .config import Config, autocast, deterministic, first_line, pick_device, pick_precision
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, pseudo_label_loss
@@ -275,7 +275,7 @@ class _Job:
         self.plateau.load_state_dict(meta["plateau"])
         for name in ("step", "seconds", "history", "best", "loss_count"): setattr(self, name, meta[name])
 
-# %% ../nbs/09_distillation.ipynb #a0f31dc9
+# %% ../nbs/09_distillation.ipynb #f8b0a7bb
 def _input_shape(teacher, student, sampler, test_data):
     if sampler is not None: return sampler.shape
     for net in (student, teacher):
@@ -290,7 +290,7 @@ def _num_classes(teacher, student, shape, device):
     for net, who in ((teacher, "teacher"), (student, "student")):
         with teacher_context(net, "rs"):
             try: z = net(torch.zeros(2, *shape, device=device))
-            except (RuntimeError, AssertionError, ValueError) as e: raise ValueError(f"the {who} can't be run on inputs of shape {tuple(shape)}: {(str(e) or 'no reason given').splitlines()[0]}") from e
+            except (RuntimeError, AssertionError, ValueError) as e: raise ValueError(f"the {who} can't be run on inputs of shape {tuple(shape)}: {first_line(e)}") from e
         if not isinstance(z, torch.Tensor) or z.dim() != 2:
             raise ValueError(f"the {who}'s output must be logits (batch, classes), not {tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__}")
         outs.append(z.shape[1])

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'export_program', 'export_onnx', 'save_student', 'load_student', 'model_card']
 
-# %% ../nbs/19b_export.ipynb #889a5fc7
+# %% ../nbs/19b_export.ipynb #b2e3c3ba
 import logging, os, tempfile, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .config import first_line
 from .models import create_model
 from .norms import norm_kinds
 from .runs import load_tensors, provenance, read_json, save_tensors, write_bytes, write_json
 
-# %% ../nbs/19b_export.ipynb #68665c08
+# %% ../nbs/19b_export.ipynb #50f95480
 TOLERANCE = 1e-4        # of logits, absolute and relative
 
 @contextmanager
@@ -28,11 +29,8 @@ def _quiet():
     try:
         with warnings.catch_warnings(), open(os.devnull, "w") as null:
             warnings.simplefilter("ignore")
-            from contextlib import redirect_stdout, redirect_stderr
             with redirect_stdout(null), redirect_stderr(null): yield
     finally: logging.disable(before)
-
-def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0][:150]
 
 def _examples(shape):
     "Two batches of noise of different sizes."
@@ -60,7 +58,7 @@ def export_program(net, shape, path):
     with tempfile.TemporaryDirectory() as d:
         try:
             with _quiet(): torch.export.save(torch.export.export(net, (_examples(shape)[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), f"{d}/net.pt2")
-        except Exception as e: raise ValueError(f"the student can't be exported ({_first_line(e)}): its forward pass must not depend on the values of its input") from e
+        except Exception as e: raise ValueError(f"the student can't be exported ({first_line(e)}): its forward pass must not depend on the values of its input") from e
         worst = _check("exported", torch.export.load(f"{d}/net.pt2").module(), net, shape)
         write_bytes(path, Path(f"{d}/net.pt2").read_bytes())
     return worst
@@ -78,7 +76,7 @@ def export_onnx(net, shape, path):
         try:
             with _quiet(): torch.onnx.export(net, (_examples(shape)[0],), f"{d}/net.onnx", dynamo=True, external_data=False, input_names=["images"], output_names=["logits"],
                                              dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False)
-        except Exception as e: raise ValueError(f"the student can't be written as ONNX ({_first_line(e)}): one of its operators has no ONNX form") from e
+        except Exception as e: raise ValueError(f"the student can't be written as ONNX ({first_line(e)}): one of its operators has no ONNX form") from e
         session = onnxruntime.InferenceSession(f"{d}/net.onnx", providers=["CPUExecutionProvider"])
         worst = _check("ONNX", lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], net, shape)
         write_bytes(path, Path(f"{d}/net.onnx").read_bytes())

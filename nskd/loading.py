@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['file_kind', 'read_weights', 'build', 'load_weights', 'lift_norms', 'load_teacher', 'describe_norms', 'check_teacher']
 
-# %% ../nbs/17_loading.ipynb #9f14b391
+# %% ../nbs/17_loading.ipynb #b265f713
 import importlib, io, json, pickle, sys, zipfile
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from .config import nearest
+from .config import first_line, nearest
 from .models import create_model, list_models
 from .norms import norm_kinds, teacher_context
 from .runs import load_tensors
 
-# %% ../nbs/17_loading.ipynb #2c07e3ab
+# %% ../nbs/17_loading.ipynb #324837f8
 def file_kind(path):
     "`safetensors`, `pt2`, `torchscript` or `pickle` (what torch.save writes), from the file's first bytes; ValueError for anything else."
     path = Path(path)
@@ -50,7 +50,7 @@ def read_weights(path):
         except pickle.UnpicklingError as e:
             raise ValueError(f"{path} holds a pickled Python object, and reading it would run its code: save the weights alone, "
                              "torch.save(model.state_dict(), path), and say what network they belong to") from e
-        except (RuntimeError, EOFError, OSError) as e: raise ValueError(f"{path} is damaged or was not copied in full: get it anew ({_first_line(e)})") from e
+        except (RuntimeError, EOFError, OSError) as e: raise ValueError(f"{path} is damaged or was not copied in full: get it anew ({first_line(e)})") from e
     else: raise ValueError(f"{path} is a program ({kind}), not a file of weights: leave architecture out")
     return _bare(_unwrap(found, path))
 
@@ -72,9 +72,7 @@ def _bare(state):
         if all(k.startswith(prefix) for k in state): return _bare({k.removeprefix(prefix): v for k, v in state.items()})
     return state
 
-def _first_line(e): return (str(e) or type(e).__name__).splitlines()[0][:120]
-
-# %% ../nbs/17_loading.ipynb #53b8e6ed
+# %% ../nbs/17_loading.ipynb #04c9c75e
 def build(architecture, input_shape, state=None, **options):
     """The untrained network `architecture`: "package.module:function" (called with `options`), or a name for `create_model`.
 
@@ -98,7 +96,7 @@ def _call(architecture, options):
         # a module beside the notebook can be imported, as from a script
         if str(Path.cwd()) not in sys.path: sys.path.insert(0, str(Path.cwd()))
         make = getattr(importlib.import_module(module), function)
-    except ImportError as e: raise ValueError(f"architecture {architecture!r}: {module!r} can't be imported ({_first_line(e)})") from e
+    except ImportError as e: raise ValueError(f"architecture {architecture!r}: {module!r} can't be imported ({first_line(e)})") from e
     except AttributeError: raise ValueError(f"architecture {architecture!r}: {module!r} has no {function!r}") from None
     net = make(**options)
     if not isinstance(net, nn.Module): raise ValueError(f"architecture {architecture!r} must return a torch.nn.Module, not {type(net).__name__}")
@@ -122,7 +120,7 @@ def load_weights(net, state, what="the file"):
     net.load_state_dict(state, strict=False)
     return net
 
-# %% ../nbs/17_loading.ipynb #4d12b275
+# %% ../nbs/17_loading.ipynb #c8934bcc
 _ATEN = torch.ops.aten
 _NORM_OPS = (_ATEN.batch_norm.default, _ATEN.layer_norm.default, _ATEN.group_norm.default)
 
@@ -176,13 +174,13 @@ def _load_program(path):
     _check_no_pickle(path)
     try: return lift_norms(torch.export.load(path).module())
     except ValueError: raise
-    except Exception as e: raise ValueError(f"{path} can't be read as an exported program ({_first_line(e)}): export it anew with this version of PyTorch, {torch.__version__}") from e
+    except Exception as e: raise ValueError(f"{path} can't be read as an exported program ({first_line(e)}): export it anew with this version of PyTorch, {torch.__version__}") from e
 
 def _load_script(path):
     try: return torch.jit.load(str(path), map_location="cpu").eval()
-    except RuntimeError as e: raise ValueError(f"{path} can't be read as TorchScript ({_first_line(e)}): it is damaged, or from another version") from e
+    except RuntimeError as e: raise ValueError(f"{path} can't be read as TorchScript ({first_line(e)}): it is damaged, or from another version") from e
 
-# %% ../nbs/17_loading.ipynb #30b6f4ce
+# %% ../nbs/17_loading.ipynb #47f24a05
 def load_teacher(teacher, architecture=None, input_shape=(3, 32, 32), pretrained=True, **options):
     """A trained classifier from a name or a file, in evaluation mode and checked: maps (B, *input_shape) to logits (B, classes).
 
@@ -212,8 +210,8 @@ def _from_name(name, pretrained, options):
             import timm
             return timm.create_model(bare, pretrained=pretrained, **options)
         return nskd.vision.torchvision.models.get_model(bare, weights="DEFAULT" if pretrained else None, **options)
-    except (ValueError, RuntimeError, KeyError) as e: raise ValueError(f"{source} has no model {bare!r}, or none with such options ({_first_line(e)})") from e
-    except Exception as e: raise ValueError(f"the weights of {name} could not be fetched ({_first_line(e)}): download them where there is a network, and give the file with architecture={name!r}") from e
+    except (ValueError, RuntimeError, KeyError) as e: raise ValueError(f"{source} has no model {bare!r}, or none with such options ({first_line(e)})") from e
+    except Exception as e: raise ValueError(f"the weights of {name} could not be fetched ({first_line(e)}): download them where there is a network, and give the file with architecture={name!r}") from e
 
 def describe_norms(net, kind=""):
     "One sentence: which normalisations a network has, and what NormShift-KD does with them."
@@ -248,5 +246,5 @@ def check_teacher(net, input_shape, n=32):
 def _ask(net, x, input_shape):
     try: return net(x)
     except Exception as e:
-        why = "it was exported for batches of one size: export it with a dynamic batch dimension" if isinstance(net, torch.fx.GraphModule) and "shape" in str(e).lower() else _first_line(e)
+        why = "it was exported for batches of one size: export it with a dynamic batch dimension" if isinstance(net, torch.fx.GraphModule) and "shape" in str(e).lower() else first_line(e)
         raise ValueError(f"the teacher can't be run on {len(x)} inputs of shape {tuple(input_shape)}: {why}") from e

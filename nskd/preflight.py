@@ -112,7 +112,7 @@ def judge_teacher(h, flip_rate, k=4):
     fine = [f"I(X;C) is {100 * score:.0f} % of what {classes} classes allow, and every class comes"]
     return ("no go", stop + care) if stop else ("care", care) if care else ("go", fine)
 
-# %% ../nbs/18_preflight.ipynb #7b4df2bf
+# %% ../nbs/18_preflight.ipynb #72ee7a65
 OTHER_NOISE = ("uniform", "perlin", "dead_leaves")
 
 def preflight(teacher, shape, student=None, k=4, batch_size=256, samples=4096, steps=800, alphas=ALPHAS, budget_seconds=60.0, device="auto", seed=0):
@@ -135,7 +135,7 @@ def preflight(teacher, shape, student=None, k=4, batch_size=256, samples=4096, s
     mode = _best_mode(found)
     flips = company_flips(teacher, draw, n, *modes[mode], min(batch_size, max(2, n // 2)), seed)
     sensitivity = [("gaussian", min(batch_size, n), found[mode])]
-    sensitivity += [("gaussian", size, ask(mode, size=size)) for size in {max(2, min(batch_size, n) // 4), max(2, min(batch_size, n) // 16)}]
+    sensitivity += [("gaussian", size, ask(mode, size=size)) for size in dict.fromkeys(max(2, min(batch_size, n) // by) for by in (4, 16))]
     sensitivity += [(noise, min(batch_size, n), ask(mode, create_sampler(noise, shape))) for noise in OTHER_NOISE]
     rows = pd.DataFrame([{"noise": noise, "batch size": size, "H(P̄)": h.marginal_entropy, "E[H(p)]": h.conditional_entropy, "I(X;C)": h.mutual_information, "never predicted": h.missing_classes} for noise, size, h in sensitivity])
     verdict, reasons = judge_teacher(found[mode], flips, k)

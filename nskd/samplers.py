@@ -128,17 +128,22 @@ def list_samplers():
     "Names that `create_sampler` knows."
     return list(_SAMPLERS)
 
-# %% ../nbs/04_samplers.ipynb #5dab17aa
-def image_sampler(images, change=None, name="images"):
+# %% ../nbs/04_samplers.ipynb #79017370
+class _Picks:
+    "Random images of a fixed set; not a closure, so that a sampler of images can be sent to another process."
+    def __init__(self, images, change): self.images, self.change = images, change
+
+    def __call__(self, size, generator=None, device="cpu"):
+        x = self.images.to(device)[torch.randint(len(self.images), size[:1], generator=generator, device=device)]
+        return x if self.change is None else self.change(x, generator)
+
+def image_sampler(images, change=None, name="images", what="training"):
     """A sampler of real images: `draw(n)` picks n of `images` (N, C, H, W) at random, with replacement.
 
-    `change`: a function of a batch and a generator, such as an augmentation. ValueError for no images or another shape.
+    `change`: a function of a batch and a generator, such as an augmentation. `what`: images they are ("training", "test"), for the ledger. ValueError for no images or another shape.
     """
     if images.dim() != 4 or not len(images): raise ValueError(f"images must be (N, C, H, W) with at least one, not {tuple(images.shape)}")
-    def sample(size, generator=None, device="cpu"):
-        x = images.to(device)[torch.randint(len(images), size[:1], generator=generator, device=device)]
-        return x if change is None else change(x, generator)
-    return Sampler(name, images.shape[1:], sample, uses_data=f"{len(images):,} real training images", about=f", {tensors_key({'': images})}, {'changed' if change else 'plain'}")
+    return Sampler(name, images.shape[1:], _Picks(images, change), uses_data=f"{len(images):,} real {what} images", about=f", {tensors_key({'': images})}, {'changed' if change else 'plain'}")
 
 # %% ../nbs/04_samplers.ipynb #c768a036
 def _fair_order(labels, priority, class_order):

@@ -26,7 +26,7 @@ from .norms import norm_kinds, teacher_context
 from .reporting import mean_se
 from .theory import irreducible_error
 
-# %% ../nbs/13b_studies.ipynb #e8cb0cb9
+# %% ../nbs/13b_studies.ipynb #14212f44
 class BNStudy(StudyParameters):
     "A study of the BN modes of one family of teachers, over seeds."
     seeds: Seeds = 5
@@ -84,6 +84,7 @@ class DependenceStudy(ContextStudy):
     convnext: str = "convnext_small"
     vit: str = "vit_tiny"
     vit_inputs: int = Field(1, ge=1)
+    real_inputs: int = Field(16, ge=1)
     dropout: float = Field(0.1, gt=0, lt=1)
     steps: int = Field(100, ge=1)
     vit_steps: int = Field(20, ge=1)

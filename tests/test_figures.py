@@ -4,7 +4,7 @@ import pytest
 
 from test_tables import check_smoke_results, papermill, smoke_runs
 
-CLAIMS = {"figure1": 6, "figure4": 6, "table7": 5, "table12": 11}
+CLAIMS = {"figure1": 6, "figure4": 6, "table7": 5, "table12": 13}
 
 
 @pytest.fixture(scope="module")
