@@ -16,6 +16,8 @@ unexport JUPYTER_PATH
 
 # All tables and figures, the ledger of claims last: it reads what the others leave.
 NOTEBOOKS := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/figure*.ipynb nbs/table*.ipynb nbs/protocol.ipynb nbs/theory.ipynb))) claims
+# Ours, for those who want to use the method: run by name, not by `make tables`.
+STUDIES := track_record deployment
 # A recipe line with $(MAKE) itself would run under `make -n` too.
 AGAIN := $(MAKE)
 
@@ -28,12 +30,12 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: help table2 table4 tables test lab export readme clean distclean
-.PHONY: $(NOTEBOOKS)
+.PHONY: $(NOTEBOOKS) $(STUDIES)
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3] [TEACHER=wrn28] [OUT=...] [ARGS="..."]'
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo '  NAME       run one notebook, OUT and ARGS as above: $(NOTEBOOKS)'
+	@echo '  NAME       run one notebook, OUT and ARGS as above: $(STUDIES) (not by "make tables"), $(NOTEBOOKS)'
 
 table2: $(READY) ## run Table 2 with papermill: TEACHER=wrn28, OUT=where to, ARGS="more for papermill"
 	$(call papermill,table2,table2-$(TEACHER),-p teacher '$(TEACHER)')
@@ -41,7 +43,7 @@ table2: $(READY) ## run Table 2 with papermill: TEACHER=wrn28, OUT=where to, ARG
 table4: $(READY) ## run Table 4, a hundred classes; TEACHER, OUT and ARGS as above
 	$(call papermill,table4,table4-$(TEACHER),-p teacher '$(TEACHER)')
 
-$(filter-out table2 table4 claims,$(NOTEBOOKS)): %: $(READY)
+$(filter-out table2 table4 claims,$(NOTEBOOKS)) $(STUDIES): %: $(READY)
 	$(call papermill,$*,$*,)
 
 claims: $(READY)
@@ -57,10 +59,10 @@ tables: $(READY) ## run every table and figure, one after the other, then the le
 	echo "all: $$(($$(date +%s) - began)) s"; \
 	if [ "$$failed" ]; then echo "error: failed:$$failed" >&2; exit 1; fi
 
-test: $(READY) ## run the notebooks as tests (WORKERS=2 at a time), then pytest (ARGS="more for pytest"); either one failing fails it
+test: $(READY) ## run the notebooks as tests, then pytest (ARGS="more for pytest"), WORKERS=2 at a time; either one failing fails it
 	@status=0; \
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) || { status=1; notebooks=failed; }; \
-	$(BIN)/python -m pytest $(ARGS) || status=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) || status=1; \
 	if [ "$$notebooks" = failed ]; then echo 'error: notebooks failed: their errors stand above what pytest says' >&2; fi; \
 	exit $$status
 

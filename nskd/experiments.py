@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['cell_teacher', 'distil_cell', 'cell_sampler', 'new_student', 'cell_student', 'flat_record', 'pick_workers',
-           'run_parallel', 'run_cells', 'study_teachers', 'run_measures', 'METHODS', 'check_parameters', 'load_smoke',
-           'table_cells']
+           'run_parallel', 'train_teachers', 'run_cells', 'study_teachers', 'run_measures', 'METHODS',
+           'check_parameters', 'load_smoke', 'table_cells']
 
 # %% ../nbs/11a_experiments.ipynb #2077ea2d
 import os, warnings
@@ -30,7 +30,7 @@ from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here
 
-# %% ../nbs/11a_experiments.ipynb #b1859658
+# %% ../nbs/11a_experiments.ipynb #1e834d79
 def cell_teacher(cell, ds):
     "The teacher of `cell`, trained or from the cache."
     recipe = teacher_recipe(ds, cell.teacher)
@@ -76,7 +76,7 @@ def new_student(cell, ds):
     "The untrained student of `cell`, and the JSON-like recipe that it was built by."
     model = dict(name=cell.student, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, width=cell.student_width,
                  seed=1_000_000 + cell.seed)                                 # not the teacher's stream of random numbers
-    student = create_model(**model)
+    student = create_model(**model, norm=cell.student_norm if cell.student_norm in ("ln", "gn") else None)
     if cell.student_norm == "bn": layer_to_batch_norm(student)
     if cell.student_norm == "aligned": align_batch(student, 1.0)
     if cell.student_dropout: set_dropout(student, cell.student_dropout)
@@ -103,7 +103,7 @@ def flat_record(cell, teacher, record):
             "alpha_used": record["alpha"], "recal_n": record["recal_n"], "seconds": record["seconds"], "steps": record["steps"], "data_free": record["ledger"]["data_free"],
             "directory": record["directory"], "cached": record["cached"]}
 
-# %% ../nbs/11a_experiments.ipynb #763e0897
+# %% ../nbs/11a_experiments.ipynb #d51b8bda
 def _init_worker(threads): torch.set_num_threads(threads)
 
 @contextmanager
@@ -147,9 +147,18 @@ def run_parallel(function, items, workers, desc="cells"):
     if error: raise error
     return [results[i] for i in range(len(items))]
 
-def _train(job):
-    cell, ds = job, load_dataset(job.dataset)
-    return cell_teacher(cell, ds).record["accuracy"]
+def _train(cell): return cell_teacher(cell, load_dataset(cell.dataset)).record["accuracy"]
+
+def _train_all(cells, workers, desc="teachers"):
+    "Put the teacher of every cell into the cache, equal ones once, side by side."
+    unique = list({c.teachers_work(): c for c in cells}.values())
+    run_parallel(_train, unique, pick_workers(workers, unique[0].options.get("device", "auto"), len(unique)), desc=desc)
+
+def train_teachers(cells, workers="auto", desc="teachers"):
+    "The teachers of `cells` (each a `TeacherCell`), trained side by side or from the cache: a list of networks in the order of `cells`."
+    cells = list(cells)
+    _train_all(cells, workers, desc)
+    return [cell_teacher(c, load_dataset(c.dataset)) for c in cells]
 
 def run_cells(cells, workers="auto"):
     "Run every cell (teachers first, equal work once); a DataFrame with one row a cell."
@@ -158,8 +167,7 @@ def run_cells(cells, workers="auto"):
     ds = load_dataset(cells[0].dataset)                           # a download or an error here, not in every worker
     if (b := cells[0].config().batch_size) < ds.num_classes:
         warnings.warn(f"a batch of {b} can't hold all {ds.num_classes} classes: rejection sampling balances over steps only", stacklevel=2)
-    teachers = list({c.teachers_work(): c for c in cells}.values())
-    run_parallel(_train, teachers, pick_workers(workers, device, len(teachers)), desc="teachers")
+    _train_all(cells, workers)
     unique = {}
     for c in cells: unique.setdefault(c.work(), c)
     unique = sorted(unique.values(), key=lambda c: c.method != "normshift")       # the longest first: no worker waits at the end
@@ -167,14 +175,12 @@ def run_cells(cells, workers="auto"):
     by_work = {c.work(): r for c, r in zip(unique, done)}
     return pd.DataFrame([{**by_work[c.work()], "method": c.method} for c in cells])
 
-# %% ../nbs/11a_experiments.ipynb #89190457
+# %% ../nbs/11a_experiments.ipynb #c5407d2d
 def study_teachers(p, dataset, norm="bn"):
     "The teachers of a study with `StudyParameters` p on `dataset`: one a seed, trained side by side or from the cache."
-    ds = load_dataset(dataset)
     cells = [TeacherCell(teacher=p.teacher, norm=norm, seed=seed, dataset=dataset, teacher_width=p.width_of(p.teacher),
                          teacher_epochs=p.teacher_epochs, options={"device": p.device}) for seed in p.seed_list()]
-    run_parallel(_train, cells, pick_workers(p.workers, p.device, len(cells)), desc=f"teachers, {dataset}")
-    return [cell_teacher(c, ds) for c in cells]
+    return train_teachers(cells, p.workers, desc=f"teachers, {dataset}")
 
 def _measure(job):
     measure, net, options = job

@@ -190,7 +190,7 @@ def load_smoke(namespace, notebook):
     import yaml
     namespace.update(yaml.safe_load((repo_root() / f"params/smoke/{notebook}.yaml").read_text()))
 
-# %% ../nbs/11_parameters.ipynb #6a47b5e5
+# %% ../nbs/11_parameters.ipynb #633a155f
 class TeacherCell(Config):
     "One teacher: what `cell_teacher` trains, or finds."
     teacher: str
@@ -207,15 +207,15 @@ class TeacherCell(Config):
 class Cell(TeacherCell):
     """One cell of a table: what is distilled from what, and how; `distil_cell` runs it.
 
-    `student_norm`: None for the family's own; "bn" puts BatchNorm in place of its LayerNorms (`layer_to_batch_norm`);
-    "aligned" wraps them with full batch alignment. `student_dropout`: probability of its dropout layers, 0 to 1.
+    `student_norm`: None for the family's own; "ln" or "gn" in place of BatchNorm (`create_model`); "bn" in place of its LayerNorms
+    (`layer_to_batch_norm`); "aligned" wraps them with full batch alignment. `student_dropout`: probability of its dropout layers, 0 to 1.
     `real_images`: of the training images, how many the method "real" may use (None: all); equally many a class as far as
     possible, chosen by the seed.
     """
     student: str
     method: str
     student_width: Optional[float] = None
-    student_norm: Optional[Literal["bn", "aligned"]] = None
+    student_norm: Optional[Literal["bn", "ln", "gn", "aligned"]] = None
     student_dropout: float = Field(0.0, ge=0, lt=1)
     ddg_pool: int = 12_800
     real_images: Optional[int] = Field(None, ge=1)

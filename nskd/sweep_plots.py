@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ACCURACY', 'seed_line', 'level', 'plot_replacement', 'plot_alpha', 'plot_sensitivity', 'plot_transfer', 'plot_curves',
-           'plot_effects']
+           'plot_effects', 'plot_deployment']
 
-# %% ../nbs/10b_sweep_plots.ipynb #f75768cb
+# %% ../nbs/10b_sweep_plots.ipynb #e805f0e2
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from .plots import COLOURS, label, use_style
 
@@ -125,4 +126,31 @@ def plot_effects(effects, names, unit="points"):
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(effects)), [" × ".join(names.get(f, f) for f in fs) for fs in effects.factors]); ax.invert_yaxis()
     ax.set_xlabel(f"effect on student accuracy ({unit})"); ax.grid(axis="y", visible=False)
+    return fig
+
+# %% ../nbs/10b_sweep_plots.ipynb #f47419ed
+_STUDENTS = {"bn": COLOURS["bn"], "bn_leaves": COLOURS["train"], "ln": COLOURS["ln"], "gn": COLOURS["gn"]}     # by norm, and the noise they learned from
+
+def plot_deployment(by_size, by_skew, students):
+    """Accuracy by the size of a batch, by the number of unlabelled images for recalibration, and by one class's share of a batch; returns the figure.
+
+    `by_size`, `by_skew`: records of `nskd.deploy`, with columns student and seed. `students`: {name: title} of the bn, bn_leaves, ln, gn
+    of `nskd.deploy_runs`; those without BatchNorm, which answer the same in every batch, are drawn as levels.
+    """
+    fig, (left, middle, right) = _panels(3, width=2.6, sharey=True)
+    for name, title in students.items():
+        colour = _STUDENTS[name]
+        part = by_size[by_size.student == name]
+        mode, cs = part["mode"], part[part["mode"] == "cs"]
+        if not len(cs): level(left, part[mode == "rs"].accuracy, colour, title); continue
+        seed_line(left, cs, "batch_size", "accuracy", colour, title)
+        known = part[mode.str.fullmatch(r"recal@\d+")]
+        counts = pd.concat((part[mode == "rs"].assign(images=1), known.assign(images=known["mode"].str.removeprefix("recal@").astype(float))))
+        seed_line(middle, counts, "images", "accuracy", colour, linestyle="-")
+        seed_line(right, by_skew[by_skew.student == name].assign(percent=lambda f: 100 * f.share), "percent", "accuracy", colour)
+    left.set_xscale("log", base=2); middle.set_xscale("log")
+    ticks = sorted(counts.images.unique())
+    middle.set_xticks(ticks, ["none", *(f"{t:,.0f}" for t in ticks[1:])]); middle.xaxis.set_minor_locator(plt.NullLocator())
+    left.set(xlabel="images in a batch (CS mode)", ylabel="accuracy (%)"); middle.set(xlabel="unlabelled images (RS mode)"); right.set(xlabel="one class's share of a batch (%)")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return fig
