@@ -14,13 +14,13 @@ from nskd.runs import save_tensors
 from nskd.teachers import TeacherRecipe, train_teacher
 from test_tables import papermill
 
-QUICK = ["-p", "steps", "4", "-p", "batch_size", "64", "-p", "k", "2", "-p", "eval_every", "2", "-p", "preflight_seconds", "1", "-p", "force", "True"]
+QUICK = ["-p", "steps", "4", "-p", "batch_size", "64", "-p", "k", "2", "-p", "eval_every", "2", "-p", "preflight_seconds", "1", "-p", "force", "True", "-p", "student_width", "1"]
 
 
 # A network of this repository that is known by its file alone, twice; and one of another library, with random weights, for the mechanics.
 WAYS = {
     "program": ["-p", "teacher", "mine.pt2", "-p", "test_data", "digits"],
-    "weights": ["-p", "teacher", "mine.safetensors", "-p", "architecture", "wrn28", "-y", "architecture_options: {width: 1}"],
+    "weights": ["-p", "teacher", "mine.safetensors", "-p", "architecture", "wrn28", "-y", "architecture_options: {width: 1}", "-p", "recalibrate", "perlin"],
     "timm": ["-p", "teacher", "timm:resnet10t", "-y", "architecture_options: {pretrained: false, num_classes: 7}", "-p", "input_shape", "3,32,32", "-p", "student_norm", "gn"],
 }
 
@@ -51,6 +51,7 @@ def test_the_whole_way_from_a_teacher_to_a_folder(runs, way, kind, norms, shape,
     assert student(torch.zeros(2, *shape)).shape == (2, classes) and card["norms"]["bn"] == (0 if way == "timm" else norm_kinds(student)["bn"])
     text = (folder/"README.md").read_text()
     assert "data free: True" in text and ("one image at a time" in text) == (way == "timm") and "verdict" in text
+    assert ("its statistics are those of perlin" in text) == (way == "weights")
 
 
 def test_a_budget_stops_and_goes_on(repo, runs, tmp_path):
@@ -78,6 +79,7 @@ def files(tmp_path_factory):
     (["-p", "teacher", "weights.safetensors"], "holds weights only"),
     (["-p", "teacher", "weights.safetensors", "-p", "architecture", "wrn61"], "did you mean 'wrn16'"),
     (["-p", "teacher", "cut.pt2"], "is damaged or was not copied in full"),
+    (["-p", "teacher", "weights.safetensors", "-p", "architecture", "wrn16", "-y", "architecture_options: {width: 1}", "-p", "recalibrate", "no/folder"], "there is no folder no/folder"),
     (["-p", "input_shape", "3,32"], "input_shape must be channels,height,width"),
     (["-p", "run", "a/b"], "without slashes"),
     (["-p", "techer", "x"], "did you mean 'teacher'"),
