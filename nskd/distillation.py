@@ -418,7 +418,7 @@ def _run(job, store, progress, desc):
     job.seconds = before + spent()
     return "finished"
 
-# %% ../nbs/09_distillation.ipynb #a09eae9c
+# %% ../nbs/09_distillation.ipynb #fe63a0c3
 class _Store:
     "The run directory: what is written there, and what is found there. Without a directory, nothing."
     def __init__(self, run_dir, identity, cfg):
@@ -451,6 +451,7 @@ class _Store:
 
     def finished(self, job):
         if not (record := self.record): return None
+        self.checkpoints.clear()                   # left where a run died as its last act
         job.student.load_state_dict(load_tensors(self.dir / "student.safetensors"))
         job.best_state = load_tensors(self.dir / "best.safetensors")
         job.history, job.best, job.seconds, job.step, self.written = record["history"], record["best"], record["seconds"], job.cfg.steps, True

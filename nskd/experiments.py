@@ -30,7 +30,7 @@ from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here
 
-# %% ../nbs/11a_experiments.ipynb #c4c0bd52
+# %% ../nbs/11a_experiments.ipynb #ea908f94
 def cell_teacher(cell, ds, budget_seconds=None):
     "The teacher of `cell`, trained or from the cache; `budget_seconds` as in `train_teacher`."
     recipe = teacher_recipe(ds, cell.teacher)
@@ -61,8 +61,8 @@ def distil_cell(cell, progress=False, budget_seconds=None):
     def make(directory):
         budget = left()
         if budget is not None and budget <= 0: raise Unfinished("begun" if (directory / "run").exists() else "not begun")
-        result = distill(teacher, student, cfg.replace(budget_seconds=budget), directory / "run", (ds.test_images, ds.test_labels), sampler=draw,
-                         recal_images=recal, progress=progress)
+        limited = cfg if budget is None else cfg.replace(budget_seconds=budget)
+        result = distill(teacher, student, limited, directory / "run", (ds.test_images, ds.test_labels), sampler=draw, recal_images=recal, progress=progress)
         if result.state == "unfinished": raise Unfinished(f"at step {result.step:,} of {cfg.steps:,}")
         return {**result.summary(), "loss": result.history.loss.iloc[-1], "recal_n": len(recal),
                 "balance": result.history.filter(like="balance_").iloc[-1].to_dict()}

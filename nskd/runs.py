@@ -187,7 +187,7 @@ def _cpuinfo():
     try: return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError: return []
 
-# %% ../nbs/07_runs.ipynb #777126fa
+# %% ../nbs/07_runs.ipynb #285af640
 class Unfinished(Exception):
     "Time ran out before the result was there; what was done is kept, and the next call goes on. The message says how far it got."
 
@@ -195,7 +195,7 @@ class Unfinished(Exception):
 def held(directory, wait=True):
     """Hold the lock of `directory`, which is made if it isn't there; a second process waits, and says so.
 
-    The lock dies with its holder. `wait=False`: ValueError instead of waiting.
+    The lock dies with its holder; the temporary files of one that died are removed. `wait=False`: ValueError instead of waiting.
     """
     from filelock import FileLock, Timeout
     directory = Path(directory)
@@ -206,7 +206,10 @@ def held(directory, wait=True):
         if not wait: raise ValueError(f"another process is at work in {directory}: wait until it is done") from None
         warnings.warn(f"another process is at work in {directory}: waiting for it", stacklevel=3)
         lock.acquire()
-    try: yield
+    try:
+        for left in directory.glob(".*.tmp"):
+            if left.is_file(): left.unlink()
+        yield
     finally: lock.release()
 
 def run_dir(kind, config, label=""):
