@@ -7,8 +7,8 @@ __all__ = ['cell_teacher', 'distil_cell', 'cell_sampler', 'new_student', 'cell_s
            'run_parallel', 'train_teachers', 'run_cells', 'study_teachers', 'run_measures', 'METHODS',
            'check_parameters', 'load_smoke', 'table_cells']
 
-# %% ../nbs/11a_experiments.ipynb #2077ea2d
-import os, warnings
+# %% ../nbs/11a_experiments.ipynb #5859d5e2
+import os, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -19,31 +19,35 @@ from tqdm import tqdm
 
 from .config import pick_device, pick_precision
 from .data import load_dataset
-from .distillation import distill
+from .distillation import _NOT_IDENTITY, distill
 from .models import create_model
 from .norms import align_batch, resolve_teacher_mode
 from .parameters import METHODS, TeacherCell, check_parameters, load_smoke, table_cells
-from .runs import cached, code_key, load_tensors, versions
+from .runs import Unfinished, cached, code_key, load_tensors, versions
 from .samplers import create_sampler, image_sampler, rejection_sample
 from .teachers import augment, teacher_recipe, threads, train_teacher
 from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here
 
-# %% ../nbs/11a_experiments.ipynb #1e834d79
-def cell_teacher(cell, ds):
-    "The teacher of `cell`, trained or from the cache."
+# %% ../nbs/11a_experiments.ipynb #76d09bb6
+def cell_teacher(cell, ds, budget_seconds=None):
+    "The teacher of `cell`, trained or from the cache; `budget_seconds` as in `train_teacher`."
     recipe = teacher_recipe(ds, cell.teacher)
     if cell.teacher_epochs: recipe = recipe.replace(epochs=cell.teacher_epochs)
     # a network without a single replacement is the BatchNorm one
     norm, fraction = ("bn", 1.0) if cell.fraction == 0 else (cell.norm, cell.fraction)
     return train_teacher(cell.teacher, ds, norm=norm, width=cell.teacher_width, seed=cell.seed, recipe=recipe, fraction=fraction,
-                         device=cell.options.get("device", "auto"), progress=False)
+                         device=cell.options.get("device", "auto"), progress=False, budget_seconds=budget_seconds)
 
-def distil_cell(cell, progress=False):
-    "Run one cell, or find it in the cache; a flat record of its accuracies in percent and of where it lies."
-    ds = load_dataset(cell.dataset)
-    teacher, cfg = cell_teacher(cell, ds), cell.config()
+def distil_cell(cell, progress=False, budget_seconds=None):
+    """Run one cell, or find it in the cache; a flat record of its accuracies in percent and of where it lies.
+
+    `budget_seconds`: work for so long at most (0: only look in the cache), then `nskd.runs.Unfinished`; the next call goes on.
+    """
+    start, ds = time.perf_counter(), load_dataset(cell.dataset)
+    left = lambda: None if budget_seconds is None else budget_seconds - (time.perf_counter() - start)
+    teacher, cfg = cell_teacher(cell, ds, left()), cell.config()
     device = pick_device(cfg.device)
     student, model = new_student(cell, ds)
     draw = cell_sampler(cell, ds)
@@ -55,13 +59,16 @@ def distil_cell(cell, progress=False):
                                 *(["variants"] if cell.is_variant else []), *(["diagnostics"] if cfg.alpha == "auto" else []))}
 
     def make(directory):
-        result = distill(teacher, student, cfg, directory / "run", (ds.test_images, ds.test_labels), sampler=draw,
-                         recal_images=recal, progress=progress)
+        budget = left()
+        if budget is not None and budget <= 0: raise Unfinished("begun" if (directory / "run").exists() else "not begun")
+        limited = cfg if budget is None else cfg.replace(budget_seconds=budget)
+        result = distill(teacher, student, limited, directory / "run", (ds.test_images, ds.test_labels), sampler=draw, recal_images=recal, progress=progress)
+        if result.state == "unfinished": raise Unfinished(f"at step {result.step:,} of {cfg.steps:,}")
         return {**result.summary(), "loss": result.history.loss.iloc[-1], "recal_n": len(recal),
                 "balance": result.history.filter(like="balance_").iloc[-1].to_dict()}
 
     label = f"{cell.teacher}-{cell.norm}-{cell.student}-{cell.method}-{ds.name}-{cell.seed}"
-    return flat_record(cell, teacher.record, cached("distil", config, make, label=label, device=device))
+    return flat_record(cell, teacher.record, cached("distil", config, make, label=label, files=["run/student.safetensors"], device=device))
 
 def cell_sampler(cell, ds):
     "What the student of `cell` is shown: noise, or real images with the augmentation that teachers are trained with."
@@ -90,7 +97,7 @@ def cell_student(cell, ds, directory):
 
 def _what_counts(cfg, teacher, device):
     "The fields of `cfg` that have a part in the result, resolved."
-    used = cfg.model_dump(exclude={"budget_seconds", "checkpoint_every", "device"})
+    used = cfg.model_dump(exclude={*_NOT_IDENTITY, "device"})
     if resolve_teacher_mode(teacher, cfg.teacher_mode) != "aligned": used.pop("alpha")
     return {**used, "precision": pick_precision(cfg.precision, device)}
 
@@ -103,7 +110,7 @@ def flat_record(cell, teacher, record):
             "alpha_used": record["alpha"], "recal_n": record["recal_n"], "seconds": record["seconds"], "steps": record["steps"], "data_free": record["ledger"]["data_free"],
             "directory": record["directory"], "cached": record["cached"]}
 
-# %% ../nbs/11a_experiments.ipynb #d51b8bda
+# %% ../nbs/11a_experiments.ipynb #65cc1a04
 def _init_worker(threads): torch.set_num_threads(threads)
 
 @contextmanager
@@ -147,33 +154,56 @@ def run_parallel(function, items, workers, desc="cells"):
     if error: raise error
     return [results[i] for i in range(len(items))]
 
-def _train(cell): return cell_teacher(cell, load_dataset(cell.dataset)).record["accuracy"]
+def _train(cell, budget_seconds=None): return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds).record["accuracy"]
 
-def _train_all(cells, workers, desc="teachers"):
-    "Put the teacher of every cell into the cache, equal ones once, side by side."
-    unique = list({c.teachers_work(): c for c in cells}.values())
-    run_parallel(_train, unique, pick_workers(workers, unique[0].options.get("device", "auto"), len(unique)), desc=desc)
+def _in_time(job):
+    "`function(cell)` with the seconds that are left, or in words how far it got."
+    function, cell, deadline = job
+    try: return function(cell, budget_seconds=None if deadline is None else max(0.0, deadline - time.time()))
+    except Unfinished as e: return str(e)
+
+def _before(deadline, function, cells, workers, desc):
+    device = cells[0].options.get("device", "auto")
+    return run_parallel(_in_time, [(function, c, deadline) for c in cells], pick_workers(workers, device, len(cells)), desc=desc)
+
+def _each_teacher(cells): return list({c.teachers_work(): c for c in cells}.values())
 
 def train_teachers(cells, workers="auto", desc="teachers"):
     "The teachers of `cells` (each a `TeacherCell`), trained side by side or from the cache: a list of networks in the order of `cells`."
     cells = list(cells)
-    _train_all(cells, workers, desc)
+    _before(None, _train, _each_teacher(cells), workers, desc)
     return [cell_teacher(c, load_dataset(c.dataset)) for c in cells]
 
-def run_cells(cells, workers="auto"):
-    "Run every cell (teachers first, equal work once); a DataFrame with one row a cell."
+# of a record, what a table without a single finished cell still needs
+_COLUMNS = ["teacher", "norm", "student", "method", "seed", "teacher_accuracy", "cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step",
+            "loss", "balance_targets", "alpha_used", "recal_n", "seconds", "steps", "data_free", "directory", "cached"]
+
+def run_cells(cells, workers="auto", budget_seconds=None):
+    """Run every cell (teachers first, equal work once); a DataFrame with one row a cell.
+
+    With `budget_seconds`, cells are begun while there is time, and each may use what is left; those that are not finished
+    then are left out, named in a printed line, and listed in `.attrs["unfinished"]`. The next call goes on with them.
+    """
+    deadline = None if budget_seconds is None else time.time() + budget_seconds           # one clock for all processes
     if not cells: raise ValueError("there are no cells to run: norms, methods, students and seeds must not be empty")
-    device = cells[0].options.get("device", "auto")
     ds = load_dataset(cells[0].dataset)                           # a download or an error here, not in every worker
     if (b := cells[0].config().batch_size) < ds.num_classes:
         warnings.warn(f"a batch of {b} can't hold all {ds.num_classes} classes: rejection sampling balances over steps only", stacklevel=2)
-    _train_all(cells, workers)
+    _before(deadline, _train, _each_teacher(cells), workers, "teachers")
     unique = {}
     for c in cells: unique.setdefault(c.work(), c)
     unique = sorted(unique.values(), key=lambda c: c.method != "normshift")       # the longest first: no worker waits at the end
-    done = run_parallel(distil_cell, unique, pick_workers(workers, device, len(unique)), desc="students")
-    by_work = {c.work(): r for c, r in zip(unique, done)}
-    return pd.DataFrame([{**by_work[c.work()], "method": c.method} for c in cells])
+    by_work = {c.work(): r for c, r in zip(unique, _before(deadline, distil_cell, unique, workers, "students"))}
+    return _records([(c, by_work[c.work()]) for c in cells])
+
+def _records(found):
+    "A DataFrame of the records among (cell, record or how far it got); the rest is named."
+    rows = [{**r, "method": c.method} for c, r in found if isinstance(r, dict)]
+    lacks = [f"{c.teacher} {c.norm} → {c.student}, {c.method}, seed {c.seed} ({far})" for c, far in found if isinstance(far, str)]
+    records = pd.DataFrame(rows, columns=None if rows else _COLUMNS)
+    records.attrs["unfinished"] = lacks
+    if lacks: print(f"unfinished: {len(lacks)} of {len(found)} cells, which the next run goes on with: {'; '.join(lacks)}")
+    return records
 
 # %% ../nbs/11a_experiments.ipynb #c5407d2d
 def study_teachers(p, dataset, norm="bn"):

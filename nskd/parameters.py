@@ -32,7 +32,7 @@ STUDENTS = {"r34": ("r18", "mv2"), "wrn28": ("wrn16", "r18")}
 NARROW = {"wrn28": 1, "wrn16": 1, "wrn40": 1, "r18": 16, "r34": 16, "mv2": 0.25,
           "convnext_small": 1 / 12, "vit_tiny": 1 / 8, "vit_small": 1 / 8, "swin_tiny": 1 / 4}
 
-# %% ../nbs/11_parameters.ipynb #dc2ed506
+# %% ../nbs/11_parameters.ipynb #b10c6057
 def _listed(value):
     "Commas in a string separate; a single value is a list of one."
     if isinstance(value, str): return [v.strip() for v in value.split(",")]
@@ -151,6 +151,7 @@ class TableParameters(DistillStudy):
     norms: Annotated[list[str], _each(("bn", "ln", "gn"), "a norm")] = ["bn", "ln"]
     methods: Annotated[list[str], _each(METHODS, "a method")] = list(METHODS)
     ddg_pool: int = Field(12_800, ge=2)
+    budget_seconds: Optional[float] = Field(None, gt=0)
 
     @field_validator("students")
     @classmethod

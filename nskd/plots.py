@@ -53,7 +53,7 @@ def save_figure(fig, path):
     write_bytes(path, buffer.getvalue())
     return Path(path)
 
-# %% ../nbs/10_plots.ipynb #923936f3
+# %% ../nbs/10_plots.ipynb #c63f7a6e
 def plot_accuracy_by_method(records, methods, chance, value="cs"):
     """Bars of student accuracy by method, a panel for each norm of the teacher; returns the figure.
 
@@ -63,7 +63,8 @@ def plot_accuracy_by_method(records, methods, chance, value="cs"):
     use_style()
     records = records.assign(pair=[f"{NAMES.get(t, t)} → {NAMES.get(s, s)}" for t, s in zip(records.teacher, records.student)])
     norms = list(dict.fromkeys(records.norm))
-    fig, axes = plt.subplots(1, len(norms), figsize=(3.6 * len(norms) + 0.4, 2.7), sharey=True, squeeze=False)
+    panels = max(1, len(norms))                # a run out of time may have no cell yet
+    fig, axes = plt.subplots(1, panels, figsize=(3.6 * panels + 0.4, 2.7), sharey=True, squeeze=False)
     palette = {m: COLOURS[m] for m in methods}
     for ax, norm in zip(axes[0], norms):
         part = records[records.norm == norm]

@@ -7,7 +7,7 @@ __all__ = ['MIN_SEEDS', 'mean_se', 'interval', 'judge', 'per_seed', 'table_claim
            'modes_table', 'beside', 'claims_table', 'styled', 'markdown_table', 'markdown_claims', 'write_results',
            'publish', 'read_table', 'newest_summary']
 
-# %% ../nbs/11b_reporting.ipynb #2571a524
+# %% ../nbs/11b_reporting.ipynb #050a84a6
 import os, re
 
 import numpy as np
@@ -20,7 +20,7 @@ from .data import load_dataset
 from .experiments import cell_teacher
 from .norms import teacher_context
 from .plots import NAMES, VERDICT_COLOURS, save_figure
-from .runs import claim, outputs_dir, provenance, repo_root, write_bytes, write_json
+from .runs import Unfinished, claim, outputs_dir, provenance, repo_root, write_bytes, write_json
 from .samplers import create_sampler
 
 # %% ../nbs/11b_reporting.ipynb #d9c950ba
@@ -57,20 +57,22 @@ def per_seed(records, value="cs", **where):
     for column, wanted in where.items(): records = records[records[column].isin(wanted if isinstance(wanted, (list, tuple)) else [wanted])]
     return records.groupby("seed")[value].mean()
 
-# %% ../nbs/11b_reporting.ipynb #80f6f500
+# %% ../nbs/11b_reporting.ipynb #e268002e
 def table_claims(records, table, logit_gap=None):
     """The claims that the paper makes with Table 2 (and again with Table 4), judged on `records`.
 
     `table`: a prefix for their ids, such as "table2". `logit_gap`: by how much LN teachers' logits depend on mode and
-    company (see `context_gap`). Claims whose rows are not in `records` are left out.
+    company (see `context_gap`). Claims whose rows are not in `records` are left out; of a seed that lacks a student, so is
+    the method that lacks it, since students are averaged.
     """
+    records = _with_all_students(records)
     has = lambda norm, *methods: set(methods) <= set(records[records.norm == norm].method)
     acc = lambda norm, method: per_seed(records, norm=norm, method=method)
     relative = lambda norm, method: per_seed(records.assign(share=100 * records.cs / records.teacher_accuracy), "share", norm=norm, method=method)
     source, found = f"NormShift-KD, Table {table.removeprefix('table')} and section 6.1", []
     def add(id, statement, verdict, evidence): found.append(claim(f"{table}.{id}", statement, source, verdict, evidence))
     def versus(id, statement, norm, better, worse):
-        if has(norm, better, worse): add(id, statement, *judge(acc(norm, better) - acc(norm, worse), above=0, unit="points"))
+        if has(norm, better, worse) and len(gap := (acc(norm, better) - acc(norm, worse)).dropna()): add(id, statement, *judge(gap, above=0, unit="points"))
     def fails(id, statement, norm, method):
         if has(norm, method): add(id, statement, *judge(relative(norm, method), below=50, unit="% of the teacher's"))
 
@@ -86,21 +88,27 @@ def table_claims(records, table, logit_gap=None):
     versus("alignment-restores", "Batch alignment with rejection sampling restores it: NormShift-KD beats plain noise with an LN teacher", "ln", "normshift", "gaussian_cs")
     if has("ln", "normshift"):
         add("ln-transfers", "With NormShift-KD an LN teacher's student reaches more than half of its teacher's accuracy", *judge(relative("ln", "normshift"), above=50, unit="% of the teacher's"))
-    if has("bn", "normshift") and has("ln", "normshift"):
-        add("bn-ln-gap", "A gap remains: NormShift-KD's students of BN teachers are better than those of LN teachers",
-            *judge(acc("bn", "normshift") - acc("ln", "normshift"), above=0, unit="points"))
+    if has("bn", "normshift") and has("ln", "normshift") and len(gap := (acc("bn", "normshift") - acc("ln", "normshift")).dropna()):
+        add("bn-ln-gap", "A gap remains: NormShift-KD's students of BN teachers are better than those of LN teachers", *judge(gap, above=0, unit="points"))
     return found
+
+def _with_all_students(records):
+    "The rows of those norms, methods and seeds that have every student; all rows but in a run out of time."
+    pair = records.teacher + " " + records.student
+    return records[pair.groupby([records.norm, records.method, records.seed]).transform("nunique") == pair.nunique()]
 
 @torch.no_grad()
 def context_gap(cells, norm="ln", n=64):
     """Largest absolute logit difference of `n` noise inputs over RS mode and CS mode in two companies, over the teachers of `norm`.
 
-    0 for a teacher without batch coupling, well above for a BN teacher; None when no cell has such a teacher.
+    0 for a teacher without batch coupling, well above for a BN teacher; None when no cell has such a teacher, or none is
+    trained: none is trained here.
     """
     gaps = []
     for cell in {c.teachers_work(): c for c in cells if c.norm == norm}.values():
         ds = load_dataset(cell.dataset)
-        teacher = cell_teacher(cell, ds)
+        try: teacher = cell_teacher(cell, ds, budget_seconds=0)
+        except Unfinished: continue
         device = next(teacher.parameters()).device
         x, a, b = create_sampler("gaussian", ds.shape)(3 * n, generator=torch.Generator().manual_seed(cell.seed)).to(device).chunk(3)
         answers = []
@@ -109,29 +117,29 @@ def context_gap(cells, norm="ln", n=64):
         gaps += [(z - answers[0]).abs().max().item() for z in answers[1:]]
     return max(gaps, default=None)
 
-# %% ../nbs/11b_reporting.ipynb #0fdc3db8
+# %% ../nbs/11b_reporting.ipynb #f2a3bd7f
 def _pair(teacher, student):
     return f"{NAMES.get(teacher, teacher)} → {NAMES.get(student, student)}"
 
 def accuracy_table(records, paper, methods, value="cs"):
     """Measured accuracy (mean ± standard error over seeds, percent) beside the paper's: rows methods, columns pairs.
 
-    `paper`: {(norm, teacher, student): {method: percent, "teacher": percent}}; a dash where it has no number.
+    `paper`: {(norm, teacher, student): {method: percent, "teacher": percent}}; a dash where it, or the measurement, has no number.
     """
     columns, norms = {}, list(dict.fromkeys(records.norm))
     for (norm, t, s), part in sorted(records.groupby(["norm", "teacher", "student"], sort=False), key=lambda g: norms.index(g[0][0])):
         theirs = paper.get((norm, t, s), {})
         show = lambda v: "–" if v is None else f"{v:.2f}"
-        cell = lambda v: f"{v[0]:.1f}" + ("" if np.isnan(v[1]) else f" ± {v[1]:.1f}")
+        cell = lambda values: "–" if not len(values) else "{:.1f} ± {:.1f}".format(*mean_se(values)).removesuffix(" ± nan")
         head = (NAMES.get(norm, norm), _pair(t, s))
-        columns[head + ("measured",)] = [cell(mean_se(part.drop_duplicates("seed").teacher_accuracy)), *(cell(mean_se(part[part.method == m][value])) for m in methods)]
+        columns[head + ("measured",)] = [cell(part.drop_duplicates("seed").teacher_accuracy), *(cell(part[part.method == m][value]) for m in methods)]
         columns[head + ("paper",)] = [show(theirs.get(m)) for m in ("teacher", *methods)]
     return pd.DataFrame(columns, index=["teacher itself", *(NAMES.get(m, m) for m in methods)])
 
 def modes_table(records):
     "Last and best checkpoint in all three BN modes, mean over seeds, percent: one row a cell."
     keys, norms = ["norm", "teacher", "student", "method"], list(dict.fromkeys(records.norm))
-    mean = records.sort_values("norm", key=lambda n: n.map(norms.index), kind="stable").groupby(keys, sort=False)[["cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "balance_targets"]].mean().reset_index()
+    mean = records.sort_values("norm", key=lambda n: n.map(norms.index), kind="stable").groupby(keys, sort=False)[["cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "balance_targets"]].mean().astype(float).reset_index()
     rows = {("", "teacher"): mean.norm.map(lambda n: NAMES.get(n, n)), ("", "pair"): [_pair(t, s) for t, s in zip(mean.teacher, mean.student)],
             ("", "method"): mean.method.map(lambda m: NAMES.get(m, m))}
     for which, prefix in (("last checkpoint", ""), ("best by test accuracy in CS", "best_")):
@@ -190,7 +198,7 @@ def markdown_claims(claims):
     rows = [(f"**{r.verdict}**", r.claim, r[3]) for r in claims_table(claims).itertuples()]
     return "\n".join("| " + " | ".join(r) + " |" for r in [("verdict", "claim", "mean [95 % interval]"), ("---",) * 3, *rows])
 
-# %% ../nbs/11b_reporting.ipynb #ce34902a
+# %% ../nbs/11b_reporting.ipynb #cec728cc
 def write_results(name, parameters, records, table, claims, figure=None):
     """Write a table's results to outputs/<name>/ (digits) or outputs/<name>-<dataset>/; a DataFrame of files and what they hold.
 
@@ -204,10 +212,13 @@ def write_results(name, parameters, records, table, claims, figure=None):
     if "directory" in records: tidy = records.assign(directory=[os.path.relpath(d, outputs_dir()) for d in records.directory])
     write_bytes(directory / "records.csv", tidy.round(4).to_csv(index=False).encode())
     write_bytes(directory / "table.csv", table.to_csv().encode())
-    write_bytes(directory / "summary.md", f"{markdown_table(table)}\n\n{markdown_claims(claims)}\n".encode())
+    lacks = records.attrs.get("unfinished", [])                   # of a run out of time, see `run_cells`
+    note = f"**unfinished**, these cells are lacking: {'; '.join(lacks)}\n\n" if lacks else ""
+    write_bytes(directory / "summary.md", f"{note}{markdown_table(table)}\n\n{markdown_claims(claims)}\n".encode())
     write_json(directory / "claims.json", claims)
     spent = {"seconds_of_all_students": float(records.drop_duplicates("directory").seconds.sum())} if "directory" in records else {}
-    write_json(directory / "results.json", {"parameters": parameters.model_dump(), "provenance": provenance(pick_device(parameters.device)), **spent})
+    write_json(directory / "results.json", {"parameters": parameters.model_dump(), "provenance": provenance(pick_device(parameters.device)), **spent,
+                                            **({"unfinished": lacks} if lacks else {})})
     files = {"records.csv": "one row a cell or a measurement", "table.csv": "the table above", "claims.json": "claims and verdicts", "summary.md": "table and claims as text", "results.json": "parameters and provenance"}
     if figure is not None: save_figure(figure, directory / "figure.png"); files["figure.png"] = "the picture above"
     shown = os.path.relpath(directory, repo_root()) if directory.is_relative_to(repo_root()) else directory

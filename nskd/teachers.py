@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TeacherRecipe', 'teacher_recipe', 'augment', 'threads', 'pick_threads', 'train_teacher']
 
-# %% ../nbs/08_teachers.ipynb #79cf1af9
+# %% ../nbs/08_teachers.ipynb #af8892ef
 import math, re, time
 from contextlib import contextmanager
 from typing import Literal
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from tqdm import tqdm
 
+from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
 from .config import Config, autocast, deterministic, pick_device, pick_precision
 from .evaluation import evaluate_modes
 from .models import create_model, _whole
 from .norms import replace_norm
-from .runs import cached, code_key, load_tensors, save_tensors, tensors_key, versions
+from .runs import Unfinished, cached, code_key, load_tensors, save_tensors, tensors_key, versions
 
 # %% ../nbs/08_teachers.ipynb #9b6193d4
 class TeacherRecipe(Config):
@@ -64,7 +65,7 @@ def augment(images, shift, flip, generator):
         images = torch.where(mirrored, images.flip(3), images)
     return images
 
-# %% ../nbs/08_teachers.ipynb #4bf4a7a5
+# %% ../nbs/08_teachers.ipynb #8fe5c807
 @contextmanager
 def threads(n):
     "Run with `n` threads, and then with as many as before."
@@ -77,33 +78,90 @@ def pick_threads(shape, device):
     "Threads for images of `shape` (C, H, W): 1 for tiny ones on a CPU, else PyTorch's own number."
     return 1 if device.type == "cpu" and shape[1] * shape[2] < 24 * 24 else torch.get_num_threads()
 
-def _fit(net, ds, recipe, seed, device, progress):
-    "Train `net` in place; a generator per run, so that the same seed gives the same bits."
-    g = torch.Generator().manual_seed(seed)
-    net.to(device, memory_format=torch.channels_last).train()
-    groups = _decayed(net, recipe.weight_decay)
-    opt = (torch.optim.AdamW(groups, recipe.lr) if recipe.optimiser == "adamw"
-           else torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0))
-    batch_size = min(recipe.batch_size, len(ds.train_labels))
-    total = recipe.epochs * (len(ds.train_labels) // batch_size)
-    ramp = max(1, recipe.warmup * total)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda t: min((t + 1) / ramp, 0.5 * (1 + math.cos(math.pi * max(0, t - ramp) / max(1, total - ramp)))))
+_CHECKPOINT_SECONDS = 30                      # a teacher that trains for less is trained again: that costs less than caring
+
+class _Training:
+    "One teacher's training: network, optimiser, schedule, generators, and where it is."
+    def __init__(self, net, ds, recipe, seed, device):
+        self.net, self.ds, self.recipe, self.device = net.to(device, memory_format=torch.channels_last).train(), ds, recipe, device
+        self.g = torch.Generator().manual_seed(seed)
+        groups = _decayed(net, recipe.weight_decay)
+        self.opt = (torch.optim.AdamW(groups, recipe.lr) if recipe.optimiser == "adamw"
+                    else torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0))
+        self.batch_size = min(recipe.batch_size, len(ds.train_labels))
+        self.total = total = recipe.epochs * (len(ds.train_labels) // self.batch_size)
+        ramp = max(1, recipe.warmup * total)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.opt, lambda t: min((t + 1) / ramp, 0.5 * (1 + math.cos(math.pi * max(0, t - ramp) / max(1, total - ramp)))))
+        self.step, self.seconds, self.epoch_began = 0, 0.0, self.g.get_state()
+
+    def batches(self):
+        "Batches of the epoch that `step` lies in, from there on; `g` orders them and then augments."
+        done = self.step % (self.total // self.recipe.epochs)
+        now = self.g.get_state()
+        if done: self.g.set_state(self.epoch_began)
+        else: self.epoch_began = now
+        found = iter(self.ds.batches("train", self.batch_size, generator=self.g))
+        if done:
+            for _ in range(done): next(found)
+            self.g.set_state(now)
+        return (b for b in found if len(b[1]) == self.batch_size)           # a small last batch would disturb BN
+
+    def take_step(self, images, labels):
+        recipe, device = self.recipe, self.device
+        x = augment(images, recipe.shift, recipe.flip, self.g).to(device, memory_format=torch.channels_last)
+        with autocast(device, recipe.precision): logits = self.net(x)
+        loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=recipe.label_smoothing)
+        if (self.step % 20 == 0 or device.type == "cpu") and not torch.isfinite(loss):        # a look makes a GPU wait
+            raise FloatingPointError(f"the teacher's loss is {loss.item()} at step {self.step}: lower the recipe's lr")
+        self.opt.zero_grad(); loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
+        self.opt.step(); self.schedule.step(); self.step += 1
+
+    def tensors(self):
+        "Everything to go on from; the states of random generators are bytes."
+        cuda = {"random/cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return ({f"net/{k}": v for k, v in self.net.state_dict().items()} | optimiser_tensors(self.opt) | cuda
+                | {"random/cpu": torch.get_rng_state(), "random/order": self.g.get_state(), "random/epoch": self.epoch_began})
+
+    def meta(self): return {"step": self.step, "seconds": self.seconds, "lr": [group["lr"] for group in self.opt.param_groups]}
+
+    def restore(self, tensors, meta):
+        self.net.load_state_dict({k.removeprefix("net/"): v for k, v in tensors.items() if k.startswith("net/")})
+        restore_optimiser(self.opt, tensors)
+        for group, lr in zip(self.opt.param_groups, meta["lr"]): group["lr"] = lr
+        self.step, self.seconds, self.epoch_began = meta["step"], meta["seconds"], tensors["random/epoch"]
+        self.schedule.last_epoch = self.step
+        self.g.set_state(tensors["random/order"]); torch.set_rng_state(tensors["random/cpu"])
+        if self.device.type == "cuda": torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+
+def _fit(net, ds, recipe, seed, device, progress, directory=None, budget_seconds=None):
+    """Train `net` in place; the seconds that it took, earlier attempts included.
+
+    The same seed gives the same bits. With a `directory` it goes on from the newest checkpoint there. Unfinished, at a
+    checkpoint, when `budget_seconds` are over.
+    """
+    job, kept, start = _Training(net, ds, recipe, seed, device), directory and Checkpoints(directory), time.perf_counter()
     devices = [device] if device.type == "cuda" else []
-    with deterministic(device), torch.random.fork_rng(devices=devices), tqdm(total=total, desc="teacher", leave=False, disable=not progress, mininterval=1) as bar:
+    with deterministic(device), torch.random.fork_rng(devices=devices), tqdm(total=job.total, desc="teacher", leave=False, disable=not progress, mininterval=1) as bar:
         torch.manual_seed(seed)                                             # dropout, if the network has any
-        for _ in range(recipe.epochs):
-            for images, labels in ds.batches("train", batch_size, generator=g):
-                if len(labels) < batch_size: continue                       # a small last batch would disturb BN
-                x = augment(images, recipe.shift, recipe.flip, g).to(device, memory_format=torch.channels_last)
-                with autocast(device, recipe.precision): logits = net(x)
-                loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=recipe.label_smoothing)
-                if (bar.n % 20 == 0 or device.type == "cpu") and not torch.isfinite(loss):        # a look makes a GPU wait
-                    raise FloatingPointError(f"the teacher's loss is {loss.item()} at step {bar.n}: lower the recipe's lr")
-                opt.zero_grad(); loss.backward()
-                torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.clip)
-                opt.step(); schedule.step(); bar.update()
-    return net.eval()
+        if kept and (found := kept.load()): job.restore(*found[1:])
+        bar.update(job.step)
+        before = job.seconds
+        saved = spent = 0.0
+        while job.step < job.total:
+            for images, labels in job.batches():
+                job.take_step(images, labels)
+                bar.update()
+                spent = time.perf_counter() - start
+                over = budget_seconds is not None and spent >= budget_seconds and job.step < job.total
+                if kept and (over or spent - saved >= _CHECKPOINT_SECONDS):
+                    if not all(torch.isfinite(p).all() for p in net.parameters()): raise FloatingPointError(f"the teacher's weights are not finite after step {job.step - 1}: lower the recipe's lr")
+                    job.seconds, saved = before + spent, spent
+                    kept.save(job.step, job.tensors(), job.meta())
+                if over: raise Unfinished(f"the teacher is at step {job.step:,} of {job.total:,}")
+    net.eval()
+    return before + spent
 
 def _decayed(net, weight_decay):
     "Weight decay for matrices and kernels only: γ, β and biases are not decayed."
@@ -111,15 +169,16 @@ def _decayed(net, weight_decay):
     rest = [p for p in net.parameters() if p.dim() <= 1]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
-# %% ../nbs/08_teachers.ipynb #98943cf4
-def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction=1.0, device="auto", progress=True):
+# %% ../nbs/08_teachers.ipynb #e5c415ae
+def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction=1.0, device="auto", progress=True, budget_seconds=None):
     """A trained classifier for data set `ds`, from the cache if it was trained before; in evaluation mode.
 
     `name`, `norm`, `width`: as in `create_model`. `fraction` < 1 replaces only that share of its BatchNorms by `norm`,
     from the output (Table 1). `recipe`: a `TeacherRecipe`, by default `teacher_recipe(ds)`. `seed`: weights, order and
     augmentation. The network has a `record`: its accuracy (0..100) a BN mode, `key` (a hash of its weights),
-    `directory`. Deterministic for a seed, machine and thread count. ValueError before anything is written when a name or
-    a value is wrong; FloatingPointError when training diverges.
+    `directory`. Deterministic for a seed, machine and thread count, across interruptions too. `budget_seconds`: train for
+    so long at most (0: only look in the cache), then `nskd.runs.Unfinished`, and the next call goes on. ValueError before
+    anything is written when a name or a value is wrong; FloatingPointError when training diverges.
     """
     recipe, device = recipe or teacher_recipe(ds, name), pick_device(device)
     model = dict(name=name, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, norm=norm, width=_whole(width))
@@ -131,15 +190,15 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     net = _build(model, fraction, seed)
 
     def make(directory):
-        start = time.perf_counter()
-        with threads(n_threads): _fit(net, ds, recipe, seed, device, progress)
-        seconds = time.perf_counter() - start
+        if budget_seconds is not None and budget_seconds <= 0: raise Unfinished("the teacher is not trained")
+        with threads(n_threads): seconds = _fit(net, ds, recipe, seed, device, progress, directory, budget_seconds)
         save_tensors(directory / "weights.safetensors", net.state_dict())
         return {"model": model, "data": ds.name, "seed": seed, "seconds": round(seconds, 2), "key": tensors_key(net.state_dict()),
                 "accuracy": _accuracy(net, ds)}
 
     label = f"{name}-{norm or 'own'}-{ds.name}-{seed}" + (f"-{fraction}" if fraction != 1 else "")
     record = cached("teachers", config, make, label=label, files=["weights.safetensors"], device=device)
+    Checkpoints(record["directory"]).clear()             # only now: killed before this, a finished training needs none again
     net.load_state_dict(load_tensors(f"{record['directory']}/weights.safetensors"))
     net.record = record
     return net.eval().to(device)

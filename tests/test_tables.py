@@ -1,5 +1,5 @@
 """Table notebooks, run by papermill as a user would: a run, a second run, and the ways to get a parameter wrong."""
-import json, os, subprocess, sys
+import json, os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
@@ -82,6 +82,25 @@ def test_a_warm_run_trains_nothing(repo, runs):
     done = papermill(repo, "table2", base/"a/again.ipynb", "-f", repo/"params/smoke/table2.yaml")
     assert done.returncode == 0, done.stderr[-2000:]
     assert pd.read_csv(base/"a/table2-wrn28/records.csv").cached.all()
+
+
+def test_a_table_out_of_time_shows_the_cells_it_has_and_names_the_others(repo, runs, tmp_path):
+    outputs = shutil.copytree(runs[0]/"a", tmp_path/"a")
+    done = papermill(repo, "table2", outputs/"late.ipynb", "-f", repo/"params/smoke/table2.yaml", "-p", "seeds", "3", "-p", "budget_seconds", "0.001")
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = numbers(outputs, "table2-wrn28")
+    pd.testing.assert_frame_equal(records, numbers(runs[0]/"b", "table2-wrn28"), check_exact=True)
+    lacks = json.loads((outputs/"table2-wrn28/results.json").read_text())["unfinished"]
+    assert len(lacks) == 8 and all("seed 2 (the teacher is not trained)" in cell for cell in lacks)
+    assert "**unfinished**" in (outputs/"table2-wrn28/summary.md").read_text()
+    said = [o["text"] for c in json.loads((outputs/"late.ipynb").read_text())["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout"]
+    assert any("unfinished: 8 of 24 cells" in "".join(text) for text in said)
+
+
+def test_a_table_without_time_is_empty_and_no_error(repo, tmp_path):
+    done = papermill(repo, "table2", tmp_path/"out.ipynb", "-f", repo/"params/smoke/table2.yaml", "-p", "budget_seconds", "0.001")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert numbers(tmp_path, "table2-wrn28").empty and json.loads((tmp_path/"table2-wrn28/claims.json").read_text()) == []
 
 
 @pytest.mark.parametrize("args, words", [
