@@ -62,7 +62,7 @@ def _read_folder(path):
     stats = {name: os.stat(file) for name, file in files.items()}
     return files, {name: (s.st_size, s.st_mtime_ns) for name, s in stats.items()}
 
-# %% ../nbs/01b_image_files.ipynb #ec3b636b
+# %% ../nbs/01b_image_files.ipynb #8df64318
 _MOST_MEMBERS, _MOST_GROWTH = 5_000_000, 500
 _HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
@@ -91,7 +91,7 @@ def _zip_members(path):
 def _tar_members(path):
     with tarfile.open(path, "r|*", tarinfo=_Header) as t:
         for m in t:
-            yield m.name, m.size, (lambda: t.extractfile(m).read()) if m.isfile() else None, not (m.isfile() or m.isdir())
+            yield m.name, m.size, (lambda: t.extractfile(m).read()) if m.isfile() else None, m.issparse() or not (m.isfile() or m.isdir())
 
 
 def _members(path):
@@ -101,7 +101,7 @@ def _members(path):
     for number, (name, size, read, special) in enumerate(members):
         if ".." in (parts := PurePosixPath(name).parts) or name.startswith("/") or re.match("[A-Za-z]:", name):
             raise ValueError(f"{path} holds a name that leads out of it, {name!a}: pack the folder that holds train/ and test/ anew")
-        if special: raise ValueError(f"{path} holds a link or a device, {name!a}: pack the files themselves")
+        if special: raise ValueError(f"{path} holds a link, a device or a sparse file, {name!a}: pack the files themselves")
         total += size if read else 0
         if number >= _MOST_MEMBERS or total > most:
             raise ValueError(f"{path} unfolds to more than {_MOST_MEMBERS:,} files or to more than {_MOST_GROWTH} times its size: it is no archive of images")

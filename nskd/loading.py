@@ -20,7 +20,7 @@ from .models import create_model, list_models
 from .norms import norm_kinds, teacher_context
 from .runs import load_tensors
 
-# %% ../nbs/17_loading.ipynb #a468a8d0
+# %% ../nbs/17_loading.ipynb #dafaa39c
 def file_kind(path):
     "`safetensors`, `pt2`, `torchscript` or `pickle` (what torch.save writes), from the file's first bytes; ValueError for anything else."
     path = Path(path)
@@ -51,11 +51,16 @@ def _sizes(path):
     if sum(sizes.values()) > 2**20 + _GROWTH * path.stat().st_size: raise ValueError(f"{path} unfolds to more than {_GROWTH} times its size, which no weights do")
     return sizes
 
+def _reach(t):
+    "Bytes of its storage that a tensor's shape, strides and offset lead to, or infinity for a tensor that repeats what is stored."
+    if t.numel() * t.element_size() > t.untyped_storage().nbytes() or min((t.storage_offset(), *t.stride())) < 0: return float("inf")
+    return (t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size() if t.numel() else 0
+
 def _check_tensors(tensors, path):
-    "ValueError where a tensor is not dense, or larger than what is stored of it."
+    "ValueError where a tensor is not dense, or reaches further than what is stored of it: reading that would end the process."
     for name, t in tensors.items():
         if t.layout != torch.strided or t.is_quantized or t.device.type == "meta": raise ValueError(f"{path} can't be used: {name!a} is sparse, quantized or empty; networks are built from dense weights")
-        if t.numel() * t.element_size() > t.untyped_storage().nbytes(): raise ValueError(f"{path} is damaged: {name!a} claims the shape {tuple(t.shape)} and holds less")
+        if _reach(t) > t.untyped_storage().nbytes(): raise ValueError(f"{path} is damaged: {name!a} claims the shape {tuple(t.shape)} and holds less")
     return tensors
 
 def read_weights(path):
@@ -177,7 +182,7 @@ def _lift(gm, node, tensors):
     with gm.graph.inserting_before(node): node.replace_all_uses_with(gm.graph.call_module(name, (node.args[0],)))
     gm.graph.erase_node(node)
 
-# %% ../nbs/17_loading.ipynb #78702682
+# %% ../nbs/17_loading.ipynb #9f6eabf4
 _PARTS = re.compile(r"\.data/\w+|\.format_version|\.storage_alignment|archive_format|archive_version|byteorder|version|models/model\.json|data/sample_inputs/model\.pt|extra/[\w.]+"
                     r"|data/weights/(model_weights_config\.json|weight_\d+)|data/constants/(model_constants_config\.json|tensor_\d+)", re.A)
 _WORD, _PATH = r"\w*", r"[\w.]*"
@@ -240,12 +245,34 @@ def _load_program(path):
         if isinstance(e, ValueError) and str(e).startswith(f"{path} "): raise          # ours
         raise ValueError(f"{path} can't be read as an exported program ({first_line(e)}): export it anew with this version of PyTorch, {torch.__version__}") from e
 
+# %% ../nbs/17_loading.ipynb #6802e7bb
+class _Stand:
+    "Stands in for any object of a pickle, and does nothing."
+    def __new__(cls, *args, **kwargs): return object.__new__(cls)
+    def _nothing(self, *args, **kwargs): pass
+    __init__ = __setstate__ = __setitem__ = append = extend = _nothing
+
+class _Storages(pickle.Unpickler):
+    "Reads a pickle for the storages that it asks for, `found`: no class or function of it is looked up."
+    def __init__(self, data):
+        super().__init__(io.BytesIO(data))
+        self.found = []
+    def find_class(self, module, name): return type(name, (_Stand,), {})
+    def persistent_load(self, id):
+        _, kind, key, _, count = id
+        self.found.append((key, count * getattr(torch, kind.__name__).dtype.itemsize))
+
 def _check_script(path):
-    "ValueError where TorchScript is damaged or would touch files; its own reader is not made for either."
+    "ValueError where TorchScript is damaged, claims larger tensors than it holds, or would touch files."
     sizes = _sizes(Path(path))
     with zipfile.ZipFile(path) as z:
         if (bad := z.testzip()) is not None: raise ValueError(f"{path} is damaged ({bad!a}): get it anew")
         for name in sizes:
+            if name.endswith(("/data.pkl", "/constants.pkl")):
+                wanted = _Storages(z.read(name))
+                wanted.load()
+                for key, size in wanted.found:
+                    if not 0 <= size <= sizes[f"{name[:-4]}/{key}"]: raise ValueError(f"{path} is damaged: {name[:-4]}/{key} holds less than its tensor")
             if name.endswith(".py") and (call := re.search(rb"\b(from_file|save)\s*\(", z.read(name))): raise ValueError(f"{path} calls {call[1].decode()}, which a network has no use for")
 
 def _load_script(path):

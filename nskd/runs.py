@@ -206,7 +206,7 @@ def claim(id, statement, source, holds, evidence):
     verdict = "inconclusive" if holds is None else "holds" if holds else "fails"
     return {"id": id, "statement": statement, "source": source, "verdict": verdict, "evidence": _plain(evidence)}
 
-# %% ../nbs/07_runs.ipynb #934a0ef4
+# %% ../nbs/07_runs.ipynb #691ace7c
 class Explanation(list):
     "What is known about the runs behind a number: a list of dicts, mostly one, that shows itself as a table."
     def __repr__(self): return "\n\n".join("\n".join(f"{k:11}  {_shown(v)}" for k, v in run.items()) for run in self)
@@ -255,7 +255,8 @@ def _explain_run(folder, **more):
 
 def _commit(made):
     "The commit that a provenance names; git would take other words for options."
-    return made["commit"] if re.fullmatch("[0-9a-f]{7,64}", str(made.get("commit"))) else None
+    commit = made.get("commit")
+    return commit if isinstance(commit, str) and re.fullmatch("[0-9a-f]{7,64}", commit) else None
 
 def _seeds(seeds, records):
     if isinstance(seeds, int): return list(range(min(seeds, 1000)))

@@ -134,15 +134,17 @@ def read_safetensors(path):
     for read in (runs.load_tensors, runs.read_meta, loading.file_kind, loading.read_weights): _each(read, path)
 
 def _each(read, path):
-    "Several loaders may read one file; a refusal by one doesn't keep it from the next, and the last refusal counts."
-    try: read(path)
+    "Several loaders may read one file; a refusal by one doesn't keep it from the next, and the file counts as refused if all refuse it."
+    try:
+        read(path)
+        READ.append(read)
     except ValueError as e:
         if not ours(e): raise
         REFUSED.append(str(e))
 
 def ours(error): return "\n" not in str(error) and not isinstance(error, (UnicodeError, json.JSONDecodeError))
 
-REFUSED = []
+READ, REFUSED = [], []
 
 
 # ---- files of torch.save
@@ -253,17 +255,15 @@ def json_damage(data, rng, canary):
     return damage(data, rng)
 
 def read_results(path):
-    "As any JSON, as results.json beside good claims, and as claims.json beside good results."
-    _each(runs.read_json, path)
-    folder = Path(path).parent / "table2"
-    good = json_originals()
-    for mine, other, content in (("results.json", "claims.json", good[1]), ("claims.json", "results.json", good[0])):
-        folder.mkdir(exist_ok=True)
-        shutil.copy(path, folder / mine)
-        (folder / other).write_bytes(content)
-        (folder / "records.csv").write_text("seed,cs\n0,1.5\n")
-        _each(claims._read_run, folder)
-        _each(lambda p: repr(runs.explain(p)), folder / "results.json")
+    "As claims.json beside good results where it may be one, else as results.json beside good claims."
+    folder, (results, checks, _) = Path(path).parent / "table2", json_originals()
+    folder.mkdir()
+    (folder / "records.csv").write_text("seed,cs\n0,1.5\n")
+    mine, other, content = ("claims.json", "results.json", results) if Path(path).read_bytes()[:1] == b"[" else ("results.json", "claims.json", checks)
+    shutil.copy(path, folder / mine)
+    (folder / other).write_bytes(content)
+    _each(claims._read_run, folder)
+    if mine == "results.json": _each(lambda p: repr(runs.explain(p)), folder / mine)
 
 
 # ---- files of parameters
@@ -390,7 +390,8 @@ TARGETS = {
     "state dict": Target(18, state_originals, state_damage, loading.read_weights),
     "TorchScript": Target(6, script_originals, script_damage, read_program),
     "program": Target(2, program_originals, program_damage, read_program),
-    "JSON": Target(14, json_originals, json_damage, read_results),
+    "JSON": Target(6, json_originals, json_damage, runs.read_json),
+    "results": Target(8, json_originals, json_damage, read_results),
     "parameters": Target(12, yaml_originals, yaml_damage, read_parameters),
     **{how: Target(4, lambda how=how: [json.dumps(how).encode()], archive_damage, partial(read_archive, how)) for how in HOW},
     "image": Target(12, image_originals, image_damage, read_image),
@@ -437,13 +438,13 @@ def read_case(number, seed, targets, originals, root):
 def _outcome(read, path):
     def late(*_): raise Hang
     signal.signal(signal.SIGPROF, late)
-    REFUSED.clear()
+    READ.clear(); REFUSED.clear()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             read(path)
-        return ("refused", REFUSED[-1]) if REFUSED else ("read", "")
+        return ("refused", REFUSED[-1]) if REFUSED and not READ else ("read", "")
     except ValueError as e: return ("refused", str(e)) if ours(e) else ("a message of several lines, or not ours", repr(e))
     except Hang: return f"more than {SECONDS} s", ""
     except BaseException as e:
@@ -516,7 +517,7 @@ def fuzz(n, seed=0, targets=None, first=0, progress=False):
             elif died: raise RuntimeError(f"{died} before its first case")
             done = {c.number for c in cases}
             todo = [i for i in todo if i not in done]
-            if progress: print(f"\r{len(cases)} of {n}, {len(findings(cases))} findings", end="", file=sys.stderr)
+            if progress: print(f"{len(cases)} of {n} files, {len(findings(cases))} findings", end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
     finally:
         os.chdir(here)
         shutil.rmtree(root, ignore_errors=True)
@@ -537,7 +538,7 @@ def summary(cases):
 def main(n=10_000, seed=0):
     "Read `n` cases and print what became of them; the number of findings."
     start = time.monotonic()
-    cases = fuzz(n, seed, progress=sys.stderr.isatty())
+    cases = fuzz(n, seed, progress=True)
     found = findings(cases)
     print(summary(cases))
     print(f"{len(cases)} files, {len(found)} findings, {time.monotonic() - start:.0f} s")

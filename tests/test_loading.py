@@ -10,7 +10,7 @@ from nskd.loading import file_kind, load_teacher, read_weights, tensors_only
 from nskd.runs import load_tensors, read_json, read_meta
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fuzz import Payload, Small, program_originals, rezip, _with
+from fuzz import Payload, Small, program_originals, rezip, script_originals, _with
 
 SHAPE = (1, 4, 4)
 
@@ -150,6 +150,15 @@ def test_torchscript_that_writes_files_is_refused(tmp_path, ran):
         torch.jit.script(Writes(str(ran))).save(str(tmp_path/"a.pt"))
     refused(tmp_path/"a.pt", "calls save")
     assert not ran.exists()
+
+
+def test_torchscript_that_claims_more_than_it_holds_is_refused(tmp_path):
+    "Its reader would read on behind the end."
+    data = script_originals()[0]
+    (tmp_path/"a.pt").write_bytes(rezip(data, lambda name, content: content))
+    load_teacher(tmp_path/"a.pt", input_shape=SHAPE)
+    (tmp_path/"a.pt").write_bytes(rezip(data, lambda name, content: content[:4] if name.endswith("data/7") else content))
+    refused(tmp_path/"a.pt", "holds less than its tensor")
 
 
 def saved(path, value, **options):
