@@ -4,7 +4,7 @@
 other exception, a message of several lines, more than `SECONDS` a file, a process that dies, and any change outside the case's own folder; the
 payloads of hostile files leave a file there. `--case NUMBER` reads one case again, in this process. Notebooks of the library have none of this.
 """
-import argparse, collections, contextlib, io, json, os, pickle, random, re, resource, shutil, signal, struct, sys, tarfile, tempfile, time, traceback
+import argparse, collections, contextlib, faulthandler, io, json, os, pickle, random, re, resource, shutil, signal, struct, sys, tarfile, tempfile, time, traceback
 import warnings, zipfile, zlib
 from functools import partial
 from pathlib import Path
@@ -310,7 +310,7 @@ def pack(files, how, specials=()):
         with warnings.catch_warnings(), zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
             warnings.simplefilter("ignore")
             for name, content in files:
-                info = zipfile.ZipInfo(name or "x")
+                info = zipfile.ZipInfo(name.encode("utf-8", "replace").decode() or "x")          # zip's names are text
                 info.external_attr = 0o100644 << 16
                 info.compress_type = zipfile.ZIP_DEFLATED
                 z.writestr(info, content)
@@ -456,6 +456,7 @@ def _child(numbers, seed, targets, originals, root, pipe):
     "In a forked process: read the cases, a line each into `pipe` before and after."
     quiet = os.open(os.devnull, os.O_WRONLY)
     for fd in (1, 2): os.dup2(quiet, fd)
+    faulthandler.disable()                         # pytest's own would write among its dots
     _limit_memory()
     with os.fdopen(pipe, "w") as out:
         for n in numbers:
