@@ -310,6 +310,8 @@ def test_broken_archives_and_images_are_named(tmp_path):
     with fails(ValueError, "text.tar.xz"): load_dataset(tmp_path / "text.tar.xz")
     (tmp_path / "text.zip").write_text("no archive")
     with fails(ValueError, "text.zip"): load_dataset(tmp_path / "text.zip")
+    (tmp_path / "header.tar.gz").write_bytes(b"\x1f\x8b\x08\x04" + bytes(6))
+    with fails(ValueError, "header.tar.gz"): load_dataset(tmp_path / "header.tar.gz")
     whole = as_tar(tmp_path / "cut.tar.xz", members()).read_bytes()
     (tmp_path / "cut.tar.xz").write_bytes(whole[: len(whole) // 2])
     with fails(ValueError, "cut.tar.xz"): load_dataset(tmp_path / "cut.tar.xz")
