@@ -29,7 +29,7 @@ define papermill
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help table2 table4 tables test lab export readme clean distclean
+.PHONY: help table2 table4 tables test fuzz lab export readme clean distclean
 .PHONY: $(NOTEBOOKS) $(STUDIES)
 
 help: ## list the targets
@@ -65,6 +65,9 @@ test: $(READY) ## run the notebooks as tests, then pytest (ARGS="more for pytest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) || status=1; \
 	if [ "$$notebooks" = failed ]; then echo 'error: notebooks failed: their errors stand above what pytest says' >&2; fi; \
 	exit $$status
+
+fuzz: $(READY) ## let every loader read 10,000 damaged and hostile files (ARGS="how many")
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter-lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs $(ARGS)

@@ -7,7 +7,7 @@ __all__ = ['COMPANIONS', 'ORDER', 'LedgerParameters', 'Entry', 'read_entries', '
            'combine', 'build_ledger', 'count_verdicts', 'ledger_table', 'markdown_ledger', 'markdown_runs',
            'write_ledger', 'publish_ledger']
 
-# %% ../nbs/16_claims.ipynb #afbc9d39
+# %% ../nbs/16_claims.ipynb #7c9a43a0
 import os, re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import BeforeValidator, Field
 
 import nskd
-from .config import Config, nearest, one_of
+from .config import Config, first_line, nearest, one_of
 from .parameters import NARROW, Names, Seeds, _device
 from .models import list_models
 from .reporting import claims_table, publish
@@ -62,7 +62,7 @@ def read_entries(topics):
         if bool(e.checks) == bool(e.reason): raise ValueError(f"claim {e.number} needs either checks or a reason for having none")
     return entries
 
-# %% ../nbs/16_claims.ipynb #c4d981cb
+# %% ../nbs/16_claims.ipynb #c762d284
 COMPANIONS = ("luminet", "functional", "singer")           # runs of other papers have ledgers of their own
 
 class Run(NamedTuple):
@@ -99,8 +99,12 @@ def _read_run(directory, tier=None):
     for f in ("claims.json", "results.json"):
         if not (directory / f).exists(): raise ValueError(f"{directory} has no {f}: run its notebook again")
     checks, results = read_json(directory / "claims.json"), read_json(directory / "results.json")
+    try: return _run_of(directory, tier, checks, results)
+    except (TypeError, LookupError, AttributeError) as e: raise ValueError(f"{directory} holds claims or results that are no notebook's ({type(e).__name__}: {first_line(e)}): run its notebook again") from e
+
+def _run_of(directory, tier, checks, results):
     ids = [c["id"] for c in checks]
-    if twice := sorted({i for i in ids if ids.count(i) > 1}): raise ValueError(f"{directory}/claims.json has {twice[0]} twice")
+    if twice := sorted({i for i in ids if ids.count(i) > 1}): raise ValueError(f"{directory}/claims.json has {twice[0]!a} twice")
     p = results["parameters"]
     seeds, dataset = p.get("seeds", 1), p.get("dataset") or p.get("datasets", ["digits"])[0]
     dataset = re.sub("[^A-Za-z0-9]+", "-", os.path.basename(dataset)).strip("-")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Dataset', 'list_datasets', 'load_dataset']
 
-# %% ../nbs/01_data.ipynb #b641cf1f
-import hashlib, json, os, socket, tarfile, zlib
+# %% ../nbs/01_data.ipynb #6a803917
+import hashlib, json, os, pickle, socket, tarfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,6 +14,7 @@ from http.client import HTTPException
 from itertools import product
 from pathlib import Path
 from textwrap import shorten
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -197,7 +198,7 @@ _DOWNLOADS = {
                  "https://www.cs.toronto.edu/~kriz/"),
 }
 
-# %% ../nbs/01_data.ipynb #f2ae0b88
+# %% ../nbs/01_data.ipynb #7024204a
 @contextmanager
 def _explain_download(name, root, download):
     "Turns whatever a download fails with into one sentence that says which files to put where."
@@ -219,6 +220,22 @@ def _nchw(images):
     return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) if x.shape[-1] == 3 else x).contiguous()
 
 
+class _Arrays(pickle.Unpickler):
+    "Reads pickles of arrays, lists, text and numbers, which is what CIFAR's files hold, and refuses those of anything else."
+    def find_class(self, module, name):
+        if name in {"numpy": ("ndarray", "dtype"), "numpy.core.multiarray": ("_reconstruct",), "numpy._core.multiarray": ("_reconstruct",)}.get(module, ()): return super().find_class(module, name)
+        raise ValueError(f"a file of the data set is a pickle that asks for {module}.{name}, which no images need: get the set anew")
+
+
+@contextmanager
+def _arrays_only(datasets):
+    "torchvision's CIFAR unpickles whatever it finds; in here, with `_Arrays`."
+    if not (cifar := getattr(datasets, "cifar", None)): yield; return
+    before, cifar.pickle = cifar.pickle, SimpleNamespace(load=lambda file, **options: _Arrays(file, **options).load())
+    try: yield
+    finally: cifar.pickle = before
+
+
 def _from_torchvision(name, root, download):
     "One of `_DOWNLOADS`, by way of torchvision, below `root`."
     from nskd.vision import torchvision
@@ -227,7 +244,7 @@ def _from_torchvision(name, root, download):
     pixels, labels = {}, {}
     for split in ("train", "test"):
         which = {"split": split} if kind == "SVHN" else {"train": split == "train"}
-        with _explain_download(name, root, download):
+        with _explain_download(name, root, download), _arrays_only(torchvision.datasets):
             part = getattr(torchvision.datasets, kind)(str(root), download=download, **which)
         pixels[split] = _nchw(part.data)
         labels[split] = torch.as_tensor(part.labels if kind == "SVHN" else part.targets).long()

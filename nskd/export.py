@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'export_program', 'export_onnx', 'save_student', 'load_student', 'model_card']
 
-# %% ../nbs/19b_export.ipynb #b2e3c3ba
+# %% ../nbs/19b_export.ipynb #9284e431
 import logging, os, tempfile, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .config import first_line
+from .loading import load_weights
 from .models import create_model
 from .norms import norm_kinds
 from .runs import load_tensors, provenance, read_json, save_tensors, write_bytes, write_json
@@ -82,7 +83,7 @@ def export_onnx(net, shape, path):
         write_bytes(path, Path(f"{d}/net.onnx").read_bytes())
     return worst
 
-# %% ../nbs/19b_export.ipynb #1e06bf0b
+# %% ../nbs/19b_export.ipynb #33c599cd
 def save_student(net, directory, build, shape, about=None):
     """Write a student to `directory`: student.safetensors, student.json, student.pt2, student.onnx and README.md; what was written, {file: remark}.
 
@@ -103,10 +104,9 @@ def save_student(net, directory, build, shape, about=None):
 def load_student(directory):
     "The student that `save_student` left in `directory`, in evaluation mode; ValueError where it is damaged or not of this library's networks."
     about = read_json(Path(directory) / "student.json")
-    if not about["build"]: raise ValueError(f"{directory} holds a network of another library: load student.pt2 with torch.export.load")
-    net = create_model(**about["build"])
-    net.load_state_dict(load_tensors(Path(directory) / "student.safetensors"))
-    return net.eval()
+    if not about["build"]: raise ValueError(f"{directory} holds a network of another library: load student.pt2 with load_teacher")
+    file = Path(directory) / "student.safetensors"
+    return load_weights(create_model(**about["build"]), load_tensors(file), file).eval()
 
 def model_card(build, shape, about, files):
     "The card as Markdown: what it is, what it was taught by, what data touched it, how it may be used."

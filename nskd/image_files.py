@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/01b_image_files.ipynb #4ad4634f
+# %% ../nbs/01b_image_files.ipynb #c4a995ad
 import hashlib, io, json, lzma, os, re, stat, tarfile, tempfile, warnings, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ from textwrap import shorten
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .data import Dataset, _reason
 
-# %% ../nbs/01b_image_files.ipynb #f8e10e22
+# %% ../nbs/01b_image_files.ipynb #0f58bd5f
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 
 
@@ -30,33 +30,86 @@ def _is_image(name):
     return name.lower().endswith(_SUFFIXES) and not any(p.startswith((".", "/")) for p in PurePosixPath(name).parts)
 
 
+def _printable(names, path):
+    "The `names` that are images; a ValueError for one with a line break in it or the like: names go into messages and class names."
+    names = [name for name in names if _is_image(name)]
+    if odd := next((name for name in names if not name.isprintable()), None):
+        raise ValueError(f"{path} holds a name with characters that can't be printed, {odd!a}: rename it")
+    return names
+
+
+def _below(folder, above=()):
+    "All files in `folder` and below; links are followed, since people link class folders together, but not in a circle."
+    real = os.path.realpath(folder)
+    if real in above: raise ValueError(f"{os.fspath(folder)!r} is a link to a folder that it lies in: remove it")
+    if not os.path.isdir(real): return
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        if entry.is_dir(): yield from _below(entry.path, (*above, real))
+        else: yield entry.path
+
+
 def _walk(path):
     "Names of all files below train/ and test/ of a folder, or of the folders in it."
     tops = [path] if (path / "train").is_dir() or (path / "test").is_dir() else [p for p in path.iterdir() if p.is_dir()]
     for top in (t / split for t in tops for split in ("train", "test")):
-        for parent, _, files in os.walk(top, followlinks=True):      # people link class folders together
-            for file in files: yield Path(parent, file).relative_to(path).as_posix()
+        for file in _below(top): yield Path(file).relative_to(path).as_posix()
 
 
 def _read_folder(path):
     "Image files of a folder: {name: full path}, {name: (size, time)}."
-    full = {name: os.path.join(path, name) for name in _walk(path) if _is_image(name)}
+    full = {name: os.path.join(path, name) for name in _printable(_walk(path), path)}
     files = {name: file for name, file in full.items() if os.path.isfile(file)}      # no pipes, no dangling links
     stats = {name: os.stat(file) for name, file in files.items()}
     return files, {name: (s.st_size, s.st_mtime_ns) for name, s in stats.items()}
 
-# %% ../nbs/01b_image_files.ipynb #0c04b67a
+# %% ../nbs/01b_image_files.ipynb #d009395c
+_MOST_MEMBERS, _MOST_GROWTH = 5_000_000, 500
+_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+class _Header(tarfile.TarInfo):
+    "A tar header; any but the first that is damaged, and any that is absurd, is an error and not the archive's end."
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        try: info = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError: raise
+        except tarfile.HeaderError as e: raise tarfile.ReadError(str(e)) from None
+        if info.size < 0 or info.type in _HEADERS and info.size > 2**20:      # tarfile would read it into memory
+            raise tarfile.ReadError(f"a header of {info.size} bytes")
+        return info
+
+
+def _zip_members(path):
+    with zipfile.ZipFile(path) as z:
+        for m in z.infolist():
+            def read():
+                with z.open(m) as f: return f.read(m.file_size + 1)      # read() would unpack what is there, whatever size it claims
+            kind = stat.S_IFMT(m.external_attr >> 16)
+            yield m.filename.replace("\\", "/"), m.file_size, None if m.is_dir() else read, kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+
+
+def _tar_members(path):
+    with tarfile.open(path, "r|*", tarinfo=_Header) as t:
+        for m in t:
+            yield m.name, m.size, (lambda: t.extractfile(m).read()) if m.isfile() else None, m.issparse() or not (m.isfile() or m.isdir())
+
+
 def _members(path):
-    "Regular members of a .zip or .tar.* in turn: (name, size, a function that reads it)."
-    if path.suffix.lower() == ".zip":
-        with zipfile.ZipFile(path) as z:
-            for m in z.infolist():
-                if not m.is_dir() and not stat.S_ISLNK(m.external_attr >> 16):
-                    yield m.filename.replace("\\", "/"), m.file_size, lambda: z.read(m)
-    else:
-        with tarfile.open(path, "r|*") as t:
-            for m in t:
-                if m.isfile(): yield m.name, m.size, lambda: t.extractfile(m).read()
+    "Files in a .zip or .tar.* in turn: (name, size, a function that reads it); a ValueError for what no archive of images holds."
+    total, most = 0, max(64 * 2**20, _MOST_GROWTH * path.stat().st_size)
+    members = (_zip_members if path.suffix.lower() == ".zip" else _tar_members)(path)
+    for number, (name, size, read, special) in enumerate(members):
+        if ".." in (parts := PurePosixPath(name).parts) or name.startswith("/") or re.match("[A-Za-z]:", name):
+            raise ValueError(f"{path} holds a name that leads out of it, {name!a}: pack the folder that holds train/ and test/ anew")
+        if special: raise ValueError(f"{path} holds a link, a device or a sparse file, {name!a}: pack the files themselves")
+        total += size if read else 0
+        if number >= _MOST_MEMBERS or total > most:
+            raise ValueError(f"{path} unfolds to more than {_MOST_MEMBERS:,} files or to more than {_MOST_GROWTH} times its size: it is no archive of images")
+        if read and parts: yield name, size, read
+
+
+# TypeError: what tarfile says of a gzip header that is cut off
+_UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError, MemoryError, TypeError, UnicodeDecodeError)
 
 
 def _too_large(path, max_bytes, what):
@@ -70,10 +123,10 @@ def _read_archive(path, max_bytes):
     files, room = {}, max_bytes
     try:
         for name, size, read in _members(path):
-            if not _is_image(name): continue
+            if not _printable([name], path): continue
             if (room := room - size) < 0: break
             files[PurePosixPath(name).as_posix()] = read()
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError) as e:
+    except _UNREADABLE as e:
         raise ValueError(f"{path} can't be read to its end as a .zip, .tar, .tar.gz or .tar.xz ({_reason(e)})") from None
     if room < 0: raise _too_large(path, max_bytes, "images")
     return files
@@ -114,16 +167,20 @@ def _same_classes(splits, path):
         raise ValueError(f"{path} must hold the same classes in train/ and test/, but has some {only}")
     return sorted(train)
 
-# %% ../nbs/01b_image_files.ipynb #1113a313
+# %% ../nbs/01b_image_files.ipynb #719d8621
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")          # what a file holds, whatever its name says
+
+
 @contextmanager
 def _opened(label, source):
     "The image in `source` (a path or bytes); whatever goes wrong with it becomes a ValueError that names `label`."
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, above PIL.Image.MAX_IMAGE_PIXELS")
             if image.mode[0] in "IF": raise OSError("more than 8 bits a channel, convert it first")
             yield image
+    except UnidentifiedImageError: raise ValueError(f"{label} can't be read as an image: its bytes are none of {', '.join(_FORMATS)}") from None
     except Exception as e:               # decoders raise OSError, SyntaxError, struct.error and more
         raise ValueError(f"{label} can't be read as an image ({_reason(e)})") from None
 

@@ -7,7 +7,7 @@ __all__ = ['Counts', 'BNStudy', 'HistogramStudy', 'ActivationStudy', 'CoverageSt
            'pretrained_teacher', 'trained_networks', 'ask_in_contexts', 'context_records', 'context_loss',
            'context_floor', 'accuracy_alone', 'plus_minus', 'seed_table', 'flip_rates_possible']
 
-# %% ../nbs/13b_studies.ipynb #ed6e703c
+# %% ../nbs/13b_studies.ipynb #bce820ea
 import math
 from typing import Annotated, Literal, Optional
 
@@ -19,6 +19,7 @@ from .config import one_of
 from .data import load_dataset
 from .diagnostics import BatchDependence, batch_dependence, fluctuation_correlation
 from .evaluation import evaluate
+from .loading import tensors_only
 from .experiments import cell_student, cell_teacher, run_measures
 from .parameters import NARROW, Cell, Names, Seeds, StudyParameters, _listed
 from .models import create_model, list_models
@@ -105,7 +106,7 @@ class DependenceStudy(ContextStudy):
                      options=dict(steps=steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", eval_every=steps, device=self.device))
                 for seed in self.seed_list() for name, norm, dropout, steps in self.students().values()]
 
-# %% ../nbs/13b_studies.ipynb #4b2c86e0
+# %% ../nbs/13b_studies.ipynb #18147e46
 def pretrained_teacher(name):
     """A classifier of torchvision with its default pretrained weights, in evaluation mode; they are downloaded if need be.
 
@@ -114,7 +115,8 @@ def pretrained_teacher(name):
     from nskd.vision import torchvision
     bare = name.removeprefix("torchvision:")
     one_of(bare, torchvision.models.list_models(module=torchvision.models), "a pretrained teacher")
-    try: return torchvision.models.get_model(bare, weights="DEFAULT").eval()
+    try:
+        with tensors_only(): return torchvision.models.get_model(bare, weights="DEFAULT").eval()
     except OSError as e:
         url = torchvision.models.get_model_weights(bare).DEFAULT.url
         raise RuntimeError(f"{bare}'s weights could not be fetched ({e}): put {url} into torch's hub folder, checkpoints/, and run again") from e

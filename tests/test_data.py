@@ -1,5 +1,5 @@
 """nskd.data: what the notebook can't show well: broken archives, wrong layouts, caches, no network, the CIFAR archive."""
-import io, os, sys, tarfile, time, types, zipfile
+import io, os, pickle, sys, tarfile, time, tracemalloc, types, zipfile, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
@@ -208,6 +208,24 @@ def test_real_torchvision_without_the_files(tmp_path):
             load_dataset(name, root=tmp_path, download=False)
 
 
+def test_a_cifar_file_runs_no_code(tmp_path, monkeypatch):
+    "torchvision unpickles what it finds; here with its checksums switched off, so that only our unpickler stands in between."
+    vision = pytest.importorskip("nskd.vision", reason="nskd.vision is not there")
+    cifar = vision.torchvision.datasets.cifar
+    monkeypatch.setattr(cifar, "check_integrity", lambda *a, **k: True)
+    monkeypatch.setattr(cifar.CIFAR10, "_check_integrity", lambda self: True)
+    folder = tmp_path / "cifar-10-batches-py"; folder.mkdir()
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path / "ran"),)
+    good = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
+    for name, _ in cifar.CIFAR10.train_list + cifar.CIFAR10.test_list: (folder / name).write_bytes(pickle.dumps(good, 4))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}, 4))
+    assert load_dataset("cifar10", root=tmp_path, download=False).train_labels.tolist() == [0, 1] * 5
+    (folder / "data_batch_3").write_bytes(pickle.dumps(good | {"labels": Evil()}, 4))
+    with fails(ValueError, "mkdir"): load_dataset("cifar10", root=tmp_path, download=False)
+    assert not (tmp_path / "ran").exists() and cifar.pickle is pickle
+
+
 # ---- folders and archives
 
 def test_folder_and_archives_hold_the_same(tmp_path, cache):
@@ -292,6 +310,8 @@ def test_broken_archives_and_images_are_named(tmp_path):
     with fails(ValueError, "text.tar.xz"): load_dataset(tmp_path / "text.tar.xz")
     (tmp_path / "text.zip").write_text("no archive")
     with fails(ValueError, "text.zip"): load_dataset(tmp_path / "text.zip")
+    (tmp_path / "header.tar.gz").write_bytes(b"\x1f\x8b\x08\x04" + bytes(6))
+    with fails(ValueError, "header.tar.gz"): load_dataset(tmp_path / "header.tar.gz")
     whole = as_tar(tmp_path / "cut.tar.xz", members()).read_bytes()
     (tmp_path / "cut.tar.xz").write_bytes(whole[: len(whole) // 2])
     with fails(ValueError, "cut.tar.xz"): load_dataset(tmp_path / "cut.tar.xz")
@@ -350,17 +370,101 @@ def test_constant_images_do_not_divide_by_zero(tmp_path):
     assert ds.train_images.abs().max() == 0 and torch.equal(ds.std, torch.ones(3))
 
 
-def test_members_that_climb_out_are_harmless(tmp_path):
-    evil = {n: b"evil" for n in ("../../evil.png", str(tmp_path / "evil.png"), "../train/cat/9.png", "train/../../evil/1.png",
-                                 "train/cat/../../../e.png", "..\\train\\cat\\8.png")}
-    link = tarfile.TarInfo("train/cat/link.png"); link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    pipe = tarfile.TarInfo("train/cat/pipe.png"); pipe.type = tarfile.FIFOTYPE
+CLIMBING = ("../../evil.png", "/evil.png", "../train/cat/9.png", "train/../../evil/1.png", "train/cat/../../../e.png", "..\\train\\cat\\8.png", "C:\\evil.png", "../notes.txt")
+
+
+@pytest.mark.parametrize("name", CLIMBING)
+def test_archives_with_names_that_climb_out_are_refused(tmp_path, cache, name):
     inner = tmp_path / "deep" / "er"; inner.mkdir(parents=True)
-    a = load_dataset(as_tar(inner / "evil.tar", members() | evil, extra=[link, pipe]))
-    b = load_dataset(as_zip(inner / "evil.zip", members() | evil))
-    assert len(a.train_labels) == len(b.train_labels) == 10
-    written = {p.name for p in tmp_path.rglob("*") if p.is_file()} - {"evil.tar", "evil.zip"}
-    assert all(n.endswith(".safetensors") for n in written)
+    makers = [(as_zip, "evil.zip")] + ([] if "\\" in name else [(as_tar, "evil.tar"), (as_tar, "evil.tar.gz")])      # in a tar, a backslash is a letter
+    for make, file in makers:
+        with fails(ValueError, file, "leads out of it"): load_dataset(make(inner / file, members() | {name: b"evil"}))
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {file for _, file in makers}
+
+
+def special(kind, name="train/cat/9.png", target="/etc/passwd", size=0):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, size
+    return info
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.GNUTYPE_SPARSE])
+def test_archives_with_links_and_devices_are_refused(tmp_path, kind):
+    with fails(ValueError, "odd.tar", "a link, a device", "train/cat/9.png"): load_dataset(as_tar(tmp_path / "odd.tar", members(), [special(kind)]))
+    if kind in (tarfile.LNKTYPE, tarfile.GNUTYPE_SPARSE): return
+    with zipfile.ZipFile(as_zip(tmp_path / "odd.zip", members()), "a") as z:
+        info = zipfile.ZipInfo("train/cat/9.png")
+        info.external_attr = {tarfile.SYMTYPE: 0o120777, tarfile.FIFOTYPE: 0o010644, tarfile.CHRTYPE: 0o020644, tarfile.BLKTYPE: 0o060644}[kind] << 16
+        z.writestr(info, "/etc/passwd")
+    with fails(ValueError, "odd.zip", "a link, a device"): load_dataset(tmp_path / "odd.zip")
+
+
+def test_archives_that_unfold_to_far_more_are_refused(tmp_path, monkeypatch):
+    zeros = members() | {"train/cat/zeros.bmp": bytes(10**8)}
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for name, content in zeros.items(): z.writestr(name, content)
+    for path in (tmp_path / "bomb.zip", as_tar(tmp_path / "bomb.tar.gz", zeros), as_tar(tmp_path / "bomb.tar.xz", members() | {"notes.txt": bytes(10**8)})):
+        with fails(ValueError, path.name, "times its size"): load_dataset(path)
+    monkeypatch.setattr(image_files, "_MOST_MEMBERS", 10)
+    with fails(ValueError, "many.zip", "more than 10 files"): load_dataset(as_zip(tmp_path / "many.zip", members()))
+
+
+def test_a_zip_member_that_lies_about_its_size_is_not_unpacked_whole(tmp_path):
+    path = tmp_path / "lies.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, content in (members() | {"train/cat/zeros.bmp": bytes(5 * 10**7)}).items(): z.writestr(name, content)
+    path.write_bytes(path.read_bytes().replace((5 * 10**7).to_bytes(4, "little"), (100).to_bytes(4, "little")))
+    tracemalloc.start()
+    try:
+        with fails(ValueError, "lies.zip"): load_dataset(path)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally: tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_absurd_tar_headers_are_not_read_into_memory(tmp_path, kind):
+    info = special(kind, size=2**40)
+    whole = as_tar(tmp_path / "a.tar", members()).read_bytes()
+    (tmp_path / "b.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + whole)
+    with fails(ValueError, "b.tar", "1099511627776"): load_dataset(tmp_path / "b.tar")
+
+
+def test_a_tar_that_is_damaged_or_cut_between_two_files_is_not_a_shorter_one(tmp_path):
+    whole = as_tar(tmp_path / "a.tar", members()).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as t: last = t.getmembers()[-1]
+    (tmp_path / "cut.tar").write_bytes(whole[:last.offset])
+    (tmp_path / "bad.tar").write_bytes(whole[:last.offset] + b"\x01" * 512 + whole[last.offset + 512:])
+    for name in ("cut.tar", "bad.tar"):
+        with fails(ValueError, name, "to its end"): load_dataset(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["train/c\nat/9.png", "train/cat/\x1b[2J.png"])
+def test_names_that_cannot_be_printed_are_refused(tmp_path, name):
+    for path in (as_zip(tmp_path / "odd.zip", members() | {name: picture("x")}), as_folder(tmp_path / "odd", members() | {name: picture("x")})):
+        with fails(ValueError, path.name, "can't be printed"): load_dataset(path)
+
+
+def test_an_image_is_one_of_the_usual_formats_whatever_its_name_says(tmp_path):
+    "Pillow would start Ghostscript for this one."
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n%%EndComments\nshowpage\n%%EOF\n"
+    with fails(ValueError, "train/cat/0.png", "JPEG, PNG"): load_dataset(as_zip(tmp_path / "a.zip", members() | {"train/cat/0.png": eps}))
+
+
+def test_absurd_dimensions_are_refused_by_the_header_alone(tmp_path):
+    png = picture("train/cat/0.png")
+    ihdr = b"IHDR" + (10**5).to_bytes(4, "big") + (10**5).to_bytes(4, "big") + png[24:29]
+    huge = png[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, "big") + png[33:]
+    tracemalloc.start()
+    try:
+        with fails(ValueError, "train/cat/0.png", "DecompressionBomb"): load_dataset(as_zip(tmp_path / "a.zip", members() | {"train/cat/0.png": huge}))
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally: tracemalloc.stop()
+
+
+def test_a_folder_that_links_to_itself_is_refused(tmp_path):
+    folder = as_folder(tmp_path / "pets", members())
+    (folder / "train/cat/again").symlink_to(folder / "train")
+    with fails(ValueError, "again", "a link to a folder that it lies in"): load_dataset(folder)
 
 
 def test_odd_files_in_a_folder_are_left_alone(tmp_path):
