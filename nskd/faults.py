@@ -90,7 +90,7 @@ def _die(*_): os.kill(os.getpid(), signal.SIGKILL)
 
 def _full(*_): raise OSError(errno.ENOSPC, "No space left on device")
 
-# %% ../nbs/09b_faults.ipynb #02135c9d
+# %% ../nbs/09b_faults.ipynb #b7d6137e
 def _signalled(signum):
     def fault(run, directory, rng, seconds):
         pid = start(lambda: smoke_run(run, directory))
@@ -163,7 +163,7 @@ def inject(fault, times, seed=0, whole=None):
     often it was `injected`, in how many `runs`; `lost` of them could not be finished, `different` ended in other bits.
     """
     rng, whole = random.Random(f"{fault} {seed}"), whole or whole_runs()
-    done, runs, lost, different, n = 0, 0, 0, 0, 0
+    done, runs, lost, different = 0, 0, 0, 0
     while done < times and runs < 4 * times + 8:
         run, hits = list(RUNS)[runs % len(RUNS)], 0
         runs += 1

@@ -19,3 +19,11 @@ def shared(repo):
     folder = repo.parent/"shared"
     if not folder.is_dir(): pytest.skip("there is no folder shared/ beside the repository")
     return folder
+
+
+@pytest.fixture(scope="module")
+def smoke(repo, tmp_path_factory, request):
+    "The notebooks in the module's CLAIMS at the smoke tier, into one folder, where they share teachers: (folder, {name: finished process})."
+    from test_tables import smoke_runs
+    base = tmp_path_factory.mktemp(request.module.__name__)
+    return base, smoke_runs(repo, base, *([name] for name in request.module.CLAIMS))

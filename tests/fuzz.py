@@ -4,7 +4,7 @@
 other exception, a message of several lines, more than `SECONDS` a file, a process that dies, and any change outside the case's own folder; the
 payloads of hostile files leave a file there. `--case NUMBER` reads one case again, in this process. Notebooks of the library have none of this.
 """
-import argparse, collections, contextlib, faulthandler, io, json, os, pickle, random, re, resource, shutil, signal, struct, sys, tarfile, tempfile, time, traceback
+import argparse, collections, contextlib, faulthandler, io, json, os, pickle, random, resource, shutil, signal, struct, sys, tarfile, tempfile, time, traceback
 import warnings, zipfile, zlib
 from functools import partial
 from pathlib import Path

@@ -9,7 +9,7 @@ import torch
 import nskd.teachers
 from nskd.checkpoints import Checkpoints
 from nskd.data import load_dataset
-from nskd.distillation import DistillConfig, _Job, _prepare, _Store, distill
+from nskd.distillation import DistillConfig, _prepare, _Store, distill
 from nskd.experiments import run_cells
 from nskd.faults import FAULTS, fault_table
 from nskd.models import create_model

@@ -2,21 +2,14 @@
 import pandas as pd
 import pytest
 
-from test_tables import check_smoke_results, papermill, smoke_runs
+from test_tables import check_refused, check_smoke_results
 
 CLAIMS = {"figure1": 6, "figure4": 6, "table7": 5, "table12": 13}
 
 
-@pytest.fixture(scope="module")
-def runs(repo, tmp_path_factory):
-    "All four at the smoke tier, into one folder: they share teachers."
-    base = tmp_path_factory.mktemp("figures")
-    return base, smoke_runs(repo, base, *([name] for name in CLAIMS))
-
-
 @pytest.mark.parametrize("name", CLAIMS)
-def test_smoke_runs_succeed_and_leave_their_results(runs, name):
-    base, done = runs
+def test_smoke_runs_succeed_and_leave_their_results(smoke, name):
+    base, done = smoke
     check_smoke_results(base, done, name, CLAIMS[name])
     assert set(pd.read_csv(base/name/"records.csv").seed) == ({0} if name == "table12" else {0, 1})
 
@@ -26,7 +19,4 @@ def test_smoke_runs_succeed_and_leave_their_results(runs, name):
     ("table7", ["-p", "dataset", "digits", "-p", "samples", "5"], "5 samples can't cover 10 classes"),
 ])
 def test_bad_parameters_fail_at_once_in_one_sentence(repo, tmp_path, name, args, words):
-    done = papermill(repo, name, tmp_path/"out.ipynb", *args, outputs=tmp_path/"results")
-    assert done.returncode != 0 and words in done.stderr, done.stderr[-1500:]
-    assert "Error: " in next(line for line in done.stderr.splitlines() if words in line)
-    assert not (tmp_path/"results").exists()
+    check_refused(repo, tmp_path, name, args, words)

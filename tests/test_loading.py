@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from nskd.loading import file_kind, load_teacher, read_weights, tensors_only
+from nskd.loading import load_teacher, read_weights, tensors_only
 from nskd.runs import load_tensors, read_json, read_meta
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fuzz import Payload, Small, program_originals, rezip, script_originals, _with
+from fuzz import Payload, program_originals, rezip, script_originals, _with
 
 SHAPE = (1, 4, 4)
 

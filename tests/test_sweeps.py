@@ -2,28 +2,21 @@
 import pandas as pd
 import pytest
 
-from test_tables import check_smoke_results, papermill, smoke_runs
+from test_tables import check_refused, check_smoke_results
 
 CLAIMS = {"table1": 7, "table5": 12, "table6": 7, "table11": 5, "figure2": 8, "protocol": 7}
 
 
-@pytest.fixture(scope="module")
-def runs(repo, tmp_path_factory):
-    "All of them at the smoke tier, into one folder: they share teachers."
-    base = tmp_path_factory.mktemp("sweeps")
-    return base, smoke_runs(repo, base, *([name] for name in CLAIMS))
-
-
 @pytest.mark.parametrize("name", CLAIMS)
-def test_smoke_runs_succeed_and_leave_their_results(runs, name):
-    base, done = runs
+def test_smoke_runs_succeed_and_leave_their_results(smoke, name):
+    base, done = smoke
     claims = check_smoke_results(base, done, name, CLAIMS[name])
     assert {c["verdict"] for c in claims} == {"inconclusive"}                         # one seed decides nothing
     assert set(pd.read_csv(base/name/"records.csv").seed) == {0}
 
 
-def test_real_images_are_in_the_ledger(runs):
-    records = pd.read_csv(runs[0]/"table6/records.csv")
+def test_real_images_are_in_the_ledger(smoke):
+    records = pd.read_csv(smoke[0]/"table6/records.csv")
     assert (records.data_free == (records.method != "real")).all()
 
 
@@ -37,7 +30,4 @@ def test_real_images_are_in_the_ledger(runs):
     ("protocol", ["-p", "ks", "1,2,4"], "two levels"),
 ])
 def test_bad_parameters_fail_at_once_in_one_sentence(repo, tmp_path, name, args, words):
-    done = papermill(repo, name, tmp_path/"out.ipynb", *args, outputs=tmp_path/"results")
-    assert done.returncode != 0 and words in done.stderr, done.stderr[-1500:]
-    assert "Error: " in next(line for line in done.stderr.splitlines() if words in line)
-    assert not (tmp_path/"results").exists()
+    check_refused(repo, tmp_path, name, args, words)

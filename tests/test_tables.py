@@ -31,6 +31,14 @@ def check_smoke_results(base, done, name, claims):
     return found
 
 
+def check_refused(repo, tmp_path, name, args, words):
+    "A notebook with wrong parameters says `words` in one sentence, and writes nothing."
+    done = papermill(repo, name, tmp_path/"out.ipynb", *args, outputs=tmp_path/"results")
+    assert done.returncode != 0 and words in done.stderr, done.stderr[-1500:]
+    assert "Error: " in next(line for line in done.stderr.splitlines() if words in line)
+    assert not (tmp_path/"results").exists()
+
+
 def numbers(folder, name):
     frame = pd.read_csv(folder/name/"records.csv")
     return frame.drop(columns=["seconds", "directory", "cached"])
