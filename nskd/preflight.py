@@ -120,7 +120,7 @@ def judge_teacher(h, flip_rate, k=4):
     fine = [f"I(X;C) is {100 * known:.0f} % of what {classes} classes allow, and every class comes"]
     return ("no go", stop + care) if stop else ("care", care) if care else ("go", fine)
 
-# %% ../nbs/18_preflight.ipynb #8cb0821e
+# %% ../nbs/18_preflight.ipynb #c1209ec3
 OTHER_NOISE = ("uniform", "perlin", "dead_leaves")
 
 def preflight(teacher, shape, student=None, k=4, batch_size=256, samples=4096, steps=800, alphas=ALPHAS, budget_seconds=60.0, device="auto", seed=0):
@@ -138,7 +138,7 @@ def preflight(teacher, shape, student=None, k=4, batch_size=256, samples=4096, s
     flops, seconds = forward_cost(teacher, shape, min(batch_size, 16), *modes[likely])
     cost = _run_cost(flops, seconds, student, shape, k, batch_size, steps, device)
     passes = len(modes) + 2 + 2 + len(OTHER_NOISE)
-    n = int(min(samples, max(48, 0.9 * (budget_seconds - (time.perf_counter() - began)) / seconds / passes)))
+    n = int(min(samples, max(48, 0.75 * (budget_seconds - (time.perf_counter() - began)) / seconds / passes)))
     ask = lambda mode, sampler=draw, size=batch_size: class_histogram(teacher, sampler, n, *modes[mode], min(size, n), generator=seed)
     found = {name: ask(name) for name in modes}
     mode = _best_mode(found)
