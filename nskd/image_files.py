@@ -62,7 +62,7 @@ def _read_folder(path):
     stats = {name: os.stat(file) for name, file in files.items()}
     return files, {name: (s.st_size, s.st_mtime_ns) for name, s in stats.items()}
 
-# %% ../nbs/01b_image_files.ipynb #d009395c
+# %% ../nbs/01b_image_files.ipynb #370bb444
 _MOST_MEMBERS, _MOST_GROWTH = 5_000_000, 500
 _HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
@@ -108,8 +108,8 @@ def _members(path):
         if read and parts: yield name, size, read
 
 
-# TypeError: what tarfile says of a gzip header that is cut off
-_UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError, MemoryError, TypeError, UnicodeDecodeError)
+_UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError, MemoryError,
+               AttributeError, TypeError)          # tarfile's own, on damaged streams (Python 3.11.2, for one)
 
 
 def _too_large(path, max_bytes, what):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WideResNet', 'SmallImageResNet', 'MobileNetV2', 'list_models', 'create_model']
 
-# %% ../nbs/03_models.ipynb #faddcff1
+# %% ../nbs/03_models.ipynb #a9cd2788
+import math
 from functools import partial
 from numbers import Real
 
@@ -172,7 +173,7 @@ def list_models():
     "Names that `create_model` builds itself; any timm or torchvision name works besides."
     return list(_FAMILIES)
 
-# %% ../nbs/03_models.ipynb #b7738976
+# %% ../nbs/03_models.ipynb #dd1f89f9
 def create_model(name, num_classes=10, in_channels=3, image_size=32, norm=None, width=None, seed=None):
     """Build a classifier with random weights; it maps (B, in_channels, H, W) to logits (B, num_classes).
 
@@ -195,7 +196,7 @@ def create_model(name, num_classes=10, in_channels=3, image_size=32, norm=None, 
 
 def _check_width(name, width):
     if width is None: return
-    if isinstance(width, bool) or not isinstance(width, Real) or not width > 0: raise ValueError(f"width must be a positive number, not {width!r}")
+    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < math.inf: raise ValueError(f"width must be a positive number, not {width!r}")
     if name in ("wrn28", "wrn16", "wrn40", "r18", "r34") and width != int(width):
         raise ValueError(f"the width of {name} is a whole number ({'widening factor' if name[0] == 'w' else 'base channels'}), not {width!r}")
 
