@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult', 'distill', 'Replay',
            'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #b5486f9d
+# %% ../nbs/09_distillation.ipynb #51ff38cc
 import copy, hashlib, json, math, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from tqdm import tqdm
 
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
-from .config import Config, autocast, deterministic, first_line, pick_device, pick_precision
+from .config import Config, autocast, deterministic, first_line, keep_freed_memory, pick_device, pick_precision, pick_teacher_precision
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, pseudo_label_loss
@@ -31,7 +31,7 @@ from .teachers import train_teacher
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
-# %% ../nbs/09_distillation.ipynb #97b29333
+# %% ../nbs/09_distillation.ipynb #58fe29ae
 Alpha = Annotated[Any, BeforeValidator(lambda v: v if v == "auto" else _check_alpha(v))]        # a float from 0 to 1, or "auto"
 
 class DistillConfig(Config):
@@ -47,6 +47,7 @@ class DistillConfig(Config):
     instead of asking in every step (NormShift-KD, Appendix D.6). `plateau`: cut the rate by `plateau_factor`
     after `plateau_patience` evaluations without a lower *distillation* loss (torch's own defaults; a run with no more
     evaluations than that keeps its rate); `plateau_on_test_accuracy` looks at test labels instead, as earlier public code does. `budget_seconds`: stop at a checkpoint after so long, to be continued.
+    `precision`: "auto" trains in bf16 on a GPU and in fp32 on a CPU, and asks the teacher in bf16 wherever the device computes in it.
     `checkpoint_part_mb`: write checkpoints in files of at most so many MB (10⁶ bytes), for places that move no larger ones.
     """
     sampler: str = "gaussian"
@@ -98,7 +99,7 @@ def step_seed(seed, step):
     "A seed for `step` (a number or a name) of run `seed`: their hash, 0 … 2**63 - 1."
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/09_distillation.ipynb #bd70353c
+# %% ../nbs/09_distillation.ipynb #4c286826
 class Supervisor:
     """One batch of noise and the teacher's answers a call: `inputs (B, C, H, W), logits (B, classes)`.
 
@@ -131,7 +132,7 @@ class Supervisor:
         return x, z
 
     def query(self, x):
-        with autocast(self.device, self.cfg.precision): return self.teacher(x).float()
+        with autocast(self.device, pick_teacher_precision(self.cfg.precision, self.device)): return self.teacher(x).float()
 
     def _noise(self, n, g): return self.draw(n, generator=g, device=self.device).contiguous(memory_format=torch.channels_last)
 
@@ -317,7 +318,7 @@ def _check_test_data(test_data, recal_images, shape, num_classes, cfg):
     if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"test labels must be int64 in 0 … {num_classes - 1}, not {labels.dtype} in {labels.min().item()} … {labels.max().item()}")
 
-# %% ../nbs/09_distillation.ipynb #809ab303
+# %% ../nbs/09_distillation.ipynb #0aa1b505
 @dataclass
 class DistillResult:
     "What `distill` returns; accuracies in percent by BN mode, `history` one row an evaluation, weights in `run_dir`."
@@ -360,6 +361,7 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
 def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     "The checked job, and all that its result depends on."
     device = pick_device(cfg.device)
+    if device.type == "cpu": keep_freed_memory()
     shape = _input_shape(teacher, student, sampler, test_data)
     draw = sampler or create_sampler(cfg.sampler, shape)
     resolve_teacher_mode(teacher, cfg.teacher_mode)
@@ -384,7 +386,8 @@ def _with_alpha(cfg, teacher, draw, device):
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."
     config = {k: v for k, v in cfg.model_dump().items() if k not in _NOT_IDENTITY}
-    config |= {"device": device.type, "precision": pick_precision(cfg.precision, device), "teacher_mode": resolve_teacher_mode(teacher, cfg.teacher_mode)}
+    config |= {"device": device.type, "precision": pick_precision(cfg.precision, device), "teacher_precision": pick_teacher_precision(cfg.precision, device),
+               "teacher_mode": resolve_teacher_mode(teacher, cfg.teacher_mode)}
     if config["teacher_mode"] != "aligned": config["alpha"] = None             # it has no part then
     seen = lambda tensors: None if tensors is None else tensors_key(dict(enumerate(tensors)))
     return {**config, "noise": repr(draw), "teacher": tensors_key(teacher.state_dict()), "student": tensors_key(student.state_dict()),
@@ -505,7 +508,7 @@ class _Store:
         write_json(self.dir / "result.json", {**result.summary(), "history": job.history, "best": job.best, "provenance": provenance(job.device), "sha256": sums})
         self.checkpoints.clear()
 
-# %% ../nbs/09_distillation.ipynb #dda459b3
+# %% ../nbs/09_distillation.ipynb #f99871c0
 @dataclass
 class Replay:
     "A step again: its batch, both networks' logits (B, classes), the loss; `student` as it was before it; `start`: the step replayed from."
@@ -529,8 +532,9 @@ def replay(run_dir, step, teacher, student, sampler=None, test_data=None):
     run_dir = Path(run_dir)
     if not (run_dir / "distill.json").exists(): raise ValueError(f"{run_dir} holds no run: there is no distill.json in it")
     there = read_json(run_dir / "distill.json")
-    # an alpha of None had no part in the run
-    cfg = DistillConfig(**{k: v for k, v in there.items() if k in DistillConfig.model_fields and not (k == "alpha" and v is None)})
+    # an alpha of None had no part in the run, and two precisions are what "auto" meant
+    mixed = {"precision": "auto"} if there.get("teacher_precision", there["precision"]) != there["precision"] else {}
+    cfg = DistillConfig(**{**{k: v for k, v in there.items() if k in DistillConfig.model_fields and not (k == "alpha" and v is None)}, **mixed})
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < cfg.steps: raise ValueError(f"step must be a whole number from 0 to {cfg.steps - 1}, not {step!r}")
     job, here = _prepare(teacher, copy.deepcopy(student), cfg, test_data, sampler, None)
     for what in ("teacher", "noise"):

@@ -7,7 +7,7 @@ __all__ = ['cell_teacher', 'distil_cell', 'cell_sampler', 'new_student', 'cell_s
            'run_parallel', 'train_teachers', 'run_cells', 'study_teachers', 'run_measures', 'METHODS',
            'check_parameters', 'load_smoke', 'table_cells']
 
-# %% ../nbs/11a_experiments.ipynb #5859d5e2
+# %% ../nbs/11a_experiments.ipynb #76fe561e
 import os, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .config import pick_device, pick_precision
+from .config import pick_device, pick_precision, pick_teacher_precision
 from .data import load_dataset
 from .distillation import _NOT_IDENTITY, distill
 from .models import create_model
@@ -30,7 +30,7 @@ from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here
 
-# %% ../nbs/11a_experiments.ipynb #76d09bb6
+# %% ../nbs/11a_experiments.ipynb #6f6355e3
 def cell_teacher(cell, ds, budget_seconds=None):
     "The teacher of `cell`, trained or from the cache; `budget_seconds` as in `train_teacher`."
     recipe = teacher_recipe(ds, cell.teacher)
@@ -99,7 +99,7 @@ def _what_counts(cfg, teacher, device):
     "The fields of `cfg` that have a part in the result, resolved."
     used = cfg.model_dump(exclude={*_NOT_IDENTITY, "device"})
     if resolve_teacher_mode(teacher, cfg.teacher_mode) != "aligned": used.pop("alpha")
-    return {**used, "precision": pick_precision(cfg.precision, device)}
+    return {**used, "precision": pick_precision(cfg.precision, device), "teacher_precision": pick_teacher_precision(cfg.precision, device)}
 
 def flat_record(cell, teacher, record):
     "One row of a table's records."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TeacherRecipe', 'teacher_recipe', 'augment', 'threads', 'pick_threads', 'train_teacher']
 
-# %% ../nbs/08_teachers.ipynb #af8892ef
+# %% ../nbs/08_teachers.ipynb #b307ed02
 import math, re, time
 from contextlib import contextmanager
 from typing import Literal
@@ -16,7 +16,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
-from .config import Config, autocast, deterministic, pick_device, pick_precision
+from .config import Config, autocast, deterministic, keep_freed_memory, pick_device, pick_precision
 from .evaluation import evaluate_modes
 from .models import create_model, _whole
 from .norms import replace_norm
@@ -169,7 +169,7 @@ def _decayed(net, weight_decay):
     rest = [p for p in net.parameters() if p.dim() <= 1]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
-# %% ../nbs/08_teachers.ipynb #e5c415ae
+# %% ../nbs/08_teachers.ipynb #ac6efbb2
 def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction=1.0, device="auto", progress=True, budget_seconds=None):
     """A trained classifier for data set `ds`, from the cache if it was trained before; in evaluation mode.
 
@@ -182,6 +182,7 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     """
     recipe, device = recipe or teacher_recipe(ds, name), pick_device(device)
     model = dict(name=name, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, norm=norm, width=_whole(width))
+    if device.type == "cpu": keep_freed_memory()
     n_threads = pick_threads(ds.shape, device)
     config = {"model": model, "fraction": fraction, "data": ds.fingerprint, "seed": seed, "device": device.type, "threads": n_threads,
               "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
