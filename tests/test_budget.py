@@ -16,7 +16,7 @@ def unfinished(done, outputs, name, claims):
     found = json.loads((outputs/name/"claims.json").read_text())
     assert len(found) == claims and all(c["verdict"] == "inconclusive" and "not there yet" in c["evidence"]["unfinished"] for c in found)
     assert "**unfinished**" in (outputs/name/"summary.md").read_text()
-    said = "".join(o["text"] for c in json.loads((outputs/f"{name}.ipynb").read_text())["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout")
+    said = "".join("".join(o["text"]) for c in json.loads((outputs/f"{name}.ipynb").read_text())["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout")
     assert all(lack in said for lack in results["unfinished"])
     return results["unfinished"]
 
