@@ -6,7 +6,7 @@
 __all__ = ['NARROW_TRANSFORMERS', 'AttentionParameters', 'AttentionJob', 'measure_attention', 'run_attention', 'block_gaps',
            'per_model', 'spread_table', 'similarity_table', 'plot_blocks', 'table8_claims', 'table9_claims']
 
-# %% ../nbs/15b_attention_runs.ipynb #a9ed7d52
+# %% ../nbs/15b_attention_runs.ipynb #71009889
 import math
 from typing import Annotated, ClassVar, Literal, Optional
 
@@ -20,7 +20,7 @@ from scipy import stats
 from .attention import attention_layers, attention_report
 from .data import load_dataset
 from .config import Config, pick_device
-from .experiments import pick_workers, run_parallel
+from .experiments import note_unfinished, run_within
 from .parameters import NARROW, Names, RunParameters, Seeds
 from .models import create_model
 from .runs import cached, claim, code_key, tensors_key, versions
@@ -54,8 +54,8 @@ class AttentionJob(Config):
 
     def width(self): return self.p.width_of(self.model)
 
-# %% ../nbs/15b_attention_runs.ipynb #99b0d347
-def _network(job, ds):
+# %% ../nbs/15b_attention_runs.ipynb #c3ee716f
+def _network(job, ds, budget_seconds):
     "The network of a job: trained here, or timm's own weights."
     p = job.p
     if p.weights == "trained":
@@ -64,22 +64,23 @@ def _network(job, ds):
         attention_layers(create_model(job.model, ds.num_classes, ds.channels, ds.image_size, width=job.width(), seed=job.seed))
         recipe = teacher_recipe(ds, name=job.model)
         if p.teacher_epochs: recipe = recipe.replace(epochs=p.teacher_epochs)
-        return train_teacher(job.model, ds, width=job.width(), seed=job.seed, recipe=recipe, device=p.device, progress=False)
+        return train_teacher(job.model, ds, width=job.width(), seed=job.seed, recipe=recipe, device=p.device, progress=False, budget_seconds=budget_seconds)
     import nskd.vision                            # before timm, which imports torchvision
     import timm
     net = timm.create_model(job.model.removeprefix("timm:"), pretrained=True).eval().to(pick_device(p.device))
     net.record = {"key": tensors_key(net.state_dict()), "accuracy": {"rs": math.nan}, "seconds": 0.0}
     return net
 
-def measure_attention(job):
+def measure_attention(job, budget_seconds=None):
     """Attention of one network on real test images and on noise, or its record from the cache: a JSON-like dict.
 
     `blocks`: rows of `attention_report` with `condition` ("real" or "noise"); `images`: standard deviations over images.
+    `budget_seconds`: of the network's training, as in `train_teacher`.
     """
     p, ds = job.p, load_dataset(job.p.dataset)
-    net = _network(job, ds)
-    config = {"teacher": net.record["key"], "data": ds.fingerprint, "images": p.images, "bins": p.bins, "image_size": p.image_size, "seed": job.seed,
-              "torch": versions()["torch"], "code": code_key("attention", "attention_runs", "samplers")}
+    net = _network(job, ds, budget_seconds)
+    config = {"model": job.model, "teacher": net.record["key"], "device": pick_device(p.device).type, "data": ds.fingerprint, "images": p.images, "bins": p.bins, "image_size": p.image_size, "seed": job.seed,
+              "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")}, "code": code_key(*_CODE)}
 
     def make(directory):
         blocks, spread = [], {}
@@ -92,6 +93,9 @@ def measure_attention(job):
     record = cached("attention", config, make, label=f"{job.model}-{ds.name}-{job.seed}")
     return {**record, "accuracy": net.record["accuracy"]["rs"], "seconds": net.record["seconds"]}
 
+# what a measurement depends on (its network has a key of its own)
+_CODE = ("config", "data", "image_files", "models", "norms", "attention", "samplers", "attention_runs")
+
 def _inputs(job, ds, net):
     "The same number of real and of noise images, in the network's own shape."
     g, n = torch.Generator().manual_seed(job.seed), min(job.p.images, len(ds.test_labels))
@@ -102,12 +106,14 @@ def _inputs(job, ds, net):
     return {"real": real, "noise": create_sampler("gaussian", real.shape[1:])(n, generator=g)}
 
 def run_attention(p):
-    "Every model and seed of `p`: a DataFrame with one row a model, seed, condition and block."
+    "Every model and seed of `p` that its budget has time for: a DataFrame with one row a model, seed, condition and block."
     load_dataset(p.dataset)                                       # a download or an error here, not in every worker
     jobs = [AttentionJob(model=m, seed=s, p=p) for s in p.seed_list() for m in p.models]
-    done = run_parallel(measure_attention, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="networks")
+    done = run_within(p.budget, measure_attention, jobs, p.workers, p.device, desc="networks")
+    note_unfinished(p.budget, [(f"{j.model}, seed {j.seed}", r) for j, r in zip(jobs, done)])
     rows = [{"model": j.model, "seed": j.seed, **row, **r["images"][row["condition"]], "teacher_accuracy": r["accuracy"], "seconds": r["seconds"],
-             "directory": r["directory"], "cached": r["cached"]} for j, r in zip(jobs, done) for row in r["blocks"]]
+             "directory": r["directory"], "cached": r["cached"]} for j, r in zip(jobs, done) if isinstance(r, dict) for row in r["blocks"]]
+    if not rows: return pd.DataFrame(columns=["model", "seed", "condition", "block", *(f"pse_{b}" for b in p.bins)])
     # JSON has no NaN: a block without anything to compare comes back as None
     return pd.DataFrame(rows).apply(lambda c: pd.to_numeric(c) if c.dtype == object and not isinstance(c.dropna().iloc[0], str) else c)
 
@@ -121,7 +127,7 @@ def per_model(gaps, model):
     "The rows of `block_gaps` for one model, by seed; its blocks with nothing to compare dropped."
     return gaps.xs(model, level="model").dropna(axis=1, how="all")
 
-# %% ../nbs/15b_attention_runs.ipynb #5d55cf05
+# %% ../nbs/15b_attention_runs.ipynb #bee3e9bd
 def _pm(mean, sd, digits=2): return "–" if mean is None or np.isnan(mean) else f"{mean:.{digits}f}" + ("" if sd is None or np.isnan(sd) else f" ± {sd:.{digits}f}")
 
 def spread_table(records, paper):
@@ -141,7 +147,7 @@ def spread_table(records, paper):
         accuracy = part.drop_duplicates("seed").teacher_accuracy.mean()
         rows.append({"model": model + ("" if np.isnan(accuracy) else f" ({accuracy:.1f} %)"), "input": condition,
                      **{k: v + (f"  ({theirs[k]})" if k in theirs else "") for k, v in cells.items()}})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else ["model", "input"])
 
 def similarity_table(records, paper):
     """Table 9 for every model: L_PSE (± over images, as the paper's seem to be) at every number of bins, and its gap; mean over seeds.
@@ -149,6 +155,7 @@ def similarity_table(records, paper):
     `paper`: {model: {"noise" | "real" | "gap": {bins: text}}}, shown beside in brackets.
     """
     bins, rows = [int(c.removeprefix("pse_")) for c in records if c.startswith("pse_")], []
+    if records.empty: return pd.DataFrame(columns=["model", "input", *(f"bins = {b}" for b in bins)])
     total = records.groupby(["model", "seed", "condition"], sort=False)[[f"pse_{b}" for b in bins]].sum()
     sd = records.groupby(["model", "condition"])[[f"lpse_{b}_over_images" for b in bins]].mean()
     for model in records.model.unique():
@@ -159,9 +166,9 @@ def similarity_table(records, paper):
         rows.append({"model": model, "input": "gap", **{f"bins = {b}": f"{mean.loc['real', f'pse_{b}'] - mean.loc['noise', f'pse_{b}']:+.2f}" + note("gap", b) for b in bins}})
     return pd.DataFrame(rows)
 
-# %% ../nbs/15b_attention_runs.ipynb #964241a7
+# %% ../nbs/15b_attention_runs.ipynb #0953bfea
 def plot_blocks(records, columns):
-    """Block by block, real against noise: a row of panels a model, a column a quantity; returns the figure.
+    """Block by block, real against noise: a row of panels a model, a column a quantity; returns the figure, or None without records.
 
     `columns`: {column of `records`: axis label}. Lines are means over seeds, bands their range; for "entropy" the dotted
     line is the logarithm of the number of keys.
@@ -169,6 +176,7 @@ def plot_blocks(records, columns):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
     from nskd.plots import COLOURS, use_style
+    if records.empty: return None
     use_style()
     models, colours = list(records.model.unique()), {"real": COLOURS["test"], "noise": COLOURS["noise"]}
     fig, axes = plt.subplots(len(models), len(columns), figsize=(3.5 * len(columns) + 0.3, 2.2 * len(models) + 0.4), squeeze=False, sharex=True)
@@ -186,7 +194,7 @@ def plot_blocks(records, columns):
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize="small")
     return fig
 
-# %% ../nbs/15b_attention_runs.ipynb #b2c87d12
+# %% ../nbs/15b_attention_runs.ipynb #08760165
 def _slugs(records):
     "A short name for each model in the ids of claims: its family's, where it is the only one of it."
     family = {m: "swin" if "swin" in m else "vit" for m in records.model.unique()}
@@ -200,6 +208,7 @@ def table8_claims(records, paper_spread=8.0, paper_tokens=196):
 
     `paper_spread`, `paper_tokens`: the paper's own Δ on noise and N, for the evidence. Source: NormShift-KD, Appendix B.4.
     """
+    if records.empty: return []
     spread, entropy, found = block_gaps(records, "spread"), block_gaps(records, "entropy"), []
     add = _adder(found, "NormShift-KD, Table 8 and Appendix B.4")
     noise = records[records.condition == "noise"]
@@ -228,6 +237,7 @@ def table9_claims(records, paper_gaps=None):
 
     `paper_gaps`: {family: gaps over bins} for the evidence. Source: NormShift-KD, Table 9 and Appendix B.4.
     """
+    if records.empty: return []
     bins, found = [int(c.removeprefix("pse_")) for c in records if c.startswith("pse_")], []
     add, middle = _adder(found, "NormShift-KD, Table 9 and Appendix B.4"), bins[len(bins) // 2]
     gaps = {b: block_gaps(records, f"pse_{b}") for b in bins}

@@ -31,24 +31,27 @@ class DeployStudy(Sweep):
         return [(dict(form=form), self.one(seed, "bn", "normshift", student_norm=norm, options=dict(sampler=noise)))
                 for seed in self.seed_list() for form, (norm, noise) in STUDENTS.items()]
 
-# %% ../nbs/19c_deploy_runs.ipynb #2f3018ae
+# %% ../nbs/19c_deploy_runs.ipynb #9179499d
 def deployment_records(p):
     """Train the students of a `DeployStudy` p and judge each as it may be used: (students, by_size, by_skew), DataFrames.
 
     `students` of `run_sweep`; the others of `nskd.deploy.accuracy_by_batch_size` and `accuracy_by_skew`, with columns student and seed.
-    Recalibration takes the seed's own random training images, unlabelled, and each of three kinds of noise.
+    Students that p's budget had no time for have a row without results in `students` and none in the others. Recalibration takes the seed's own random training images, unlabelled, and each of three kinds of noise.
     """
     plan, ds = p.plan(), load_dataset(p.dataset)
-    students = run_sweep(plan, p.workers)
-    nets = [cell_student(cell, ds, d) for (_, cell), d in zip(plan, students.directory)]
+    students = run_sweep(plan, p.workers, p.budget)
+    nets = [cell_student(cell, ds, d) if isinstance(d, str) else None for (_, cell), d in zip(plan, students.directory)]
     keys = [(cell.seed, labels["form"]) for labels, cell in plan]
     def images(seed): return ds.train_images[torch.randperm(len(ds.train_images), generator=torch.Generator().manual_seed(seed))[:1000]]
     judged = dict(images=ds.test_images, labels=ds.test_labels)
     noise = [create_sampler(n, ds.shape) for n in ("gaussian", "perlin", "dead_leaves")]
     sized = run_measures(accuracy_by_batch_size, [(net, dict(judged, sizes=SIZES, recal_images=images(s), noise=noise)) for net, (s, _) in zip(nets, keys)], p.workers, p.device, desc="by batch size")
     skewed = run_measures(accuracy_by_skew, [(net, dict(judged, batch_size=p.skew_batch)) for net in nets], p.workers, p.device, desc="by mixture")
-    label = lambda parts: pd.concat([f.assign(student=form, seed=seed) for f, (seed, form) in zip(parts, keys)], ignore_index=True)
-    return students, label(sized), label(skewed)
+    def label(parts, *columns):
+        empty = pd.DataFrame(columns=[*columns, "accuracy", "student", "seed"])          # no student is there when time was too short
+        found = [f.assign(student=form, seed=seed) for f, (seed, form) in zip(parts, keys) if f is not None]
+        return pd.concat(found, ignore_index=True) if found else empty
+    return students, label(sized, "mode", "batch_size"), label(skewed, "share")
 
 def accuracy_of(by_size, student, mode, batch_size=1):
     "Accuracy in percent of one student in one mode: a Series by seed."

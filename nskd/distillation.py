@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult', 'distill', 'Replay',
            'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #51ff38cc
+# %% ../nbs/09_distillation.ipynb #473a5596
 import copy, hashlib, json, math, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, pseudo_label_loss
 from .norms import _check_alpha, resolve_teacher_mode, teacher_context
-from .runs import (file_sha256, finished_record, held, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
+from .runs import (code_key, file_sha256, finished_record, held, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
                        write_bytes, write_json)
 from .samplers import BalancedPool, create_sampler
 from .teachers import train_teacher
@@ -318,7 +318,7 @@ def _check_test_data(test_data, recal_images, shape, num_classes, cfg):
     if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"test labels must be int64 in 0 … {num_classes - 1}, not {labels.dtype} in {labels.min().item()} … {labels.max().item()}")
 
-# %% ../nbs/09_distillation.ipynb #0aa1b505
+# %% ../nbs/09_distillation.ipynb #2c4c5e67
 @dataclass
 class DistillResult:
     "What `distill` returns; accuracies in percent by BN mode, `history` one row an evaluation, weights in `run_dir`."
@@ -383,6 +383,9 @@ def _with_alpha(cfg, teacher, draw, device):
     g = torch.Generator(device).manual_seed(step_seed(cfg.seed, "alpha"))
     return cfg.replace(alpha=pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g))
 
+# what a run depends on besides its networks and images: begun with another version it is another run
+_CODE = ("config", "norms", "samplers", "losses", "evaluation", "checkpoints", "distillation")
+
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."
     config = {k: v for k, v in cfg.model_dump().items() if k not in _NOT_IDENTITY}
@@ -390,7 +393,7 @@ def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
                "teacher_mode": resolve_teacher_mode(teacher, cfg.teacher_mode)}
     if config["teacher_mode"] != "aligned": config["alpha"] = None             # it has no part then
     seen = lambda tensors: None if tensors is None else tensors_key(dict(enumerate(tensors)))
-    return {**config, "noise": repr(draw), "teacher": tensors_key(teacher.state_dict()), "student": tensors_key(student.state_dict()),
+    return {**config, "code": code_key(*_CODE), "noise": repr(draw), "teacher": tensors_key(teacher.state_dict()), "student": tensors_key(student.state_dict()),
             "test_data": seen(test_data), "recal_images": seen(None if recal_images is None else [recal_images])}
 
 @contextmanager
@@ -421,7 +424,7 @@ def _run(job, store, progress, desc):
     job.seconds = before + spent()
     return "finished"
 
-# %% ../nbs/09_distillation.ipynb #fe63a0c3
+# %% ../nbs/09_distillation.ipynb #493971c3
 class _Store:
     "The run directory: what is written there, and what is found there. Without a directory, nothing."
     def __init__(self, run_dir, identity, cfg):
@@ -442,6 +445,7 @@ class _Store:
         there = read_json(self.dir / "distill.json")
         if self.identity["student"] != there.get("student") and self.identity["student"] in self._students_left(): self.identity = {**self.identity, "student": there.get("student")}
         for k, here in json.loads(json.dumps(self.identity)).items():
+            if k == "code" and there.get(k) != here: raise ValueError(f"{self.dir} holds a run of another version of nskd, whose numbers may be others: choose another run_dir, or delete that one")
             if there.get(k) != here:
                 raise ValueError(f"{self.dir} holds a run with another {k} ({there.get(k)!r} there, {here!r} here): choose another run_dir, or delete that one")
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['cell_teacher', 'distil_cell', 'cell_sampler', 'new_student', 'cell_student', 'flat_record', 'pick_workers',
-           'run_parallel', 'train_teachers', 'run_cells', 'study_teachers', 'run_measures', 'METHODS',
-           'check_parameters', 'load_smoke', 'table_cells']
+           'run_parallel', 'run_within', 'note_unfinished', 'trained_teacher', 'train_teachers', 'run_cells',
+           'with_unfinished', 'study_teachers', 'run_measures', 'METHODS', 'check_parameters', 'load_smoke',
+           'table_cells']
 
-# %% ../nbs/11a_experiments.ipynb #76fe561e
+# %% ../nbs/11a_experiments.ipynb #c35538cd
 import os, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from .data import load_dataset
 from .distillation import _NOT_IDENTITY, distill
 from .models import create_model
 from .norms import align_batch, resolve_teacher_mode
-from .parameters import METHODS, TeacherCell, check_parameters, load_smoke, table_cells
+from .parameters import METHODS, Budget, TeacherCell, check_parameters, load_smoke, table_cells
 from .runs import Unfinished, cached, code_key, load_tensors, versions
 from .samplers import create_sampler, image_sampler, rejection_sample
 from .teachers import augment, teacher_recipe, threads, train_teacher
@@ -30,7 +31,7 @@ from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here
 
-# %% ../nbs/11a_experiments.ipynb #6f6355e3
+# %% ../nbs/11a_experiments.ipynb #5efd7ea2
 def cell_teacher(cell, ds, budget_seconds=None):
     "The teacher of `cell`, trained or from the cache; `budget_seconds` as in `train_teacher`."
     recipe = teacher_recipe(ds, cell.teacher)
@@ -55,8 +56,8 @@ def distil_cell(cell, progress=False, budget_seconds=None):
     config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "student": model, "noise": repr(draw), "distill": _what_counts(cfg, teacher, device),
               "recal_n": len(recal), "device": device.type, "threads": torch.get_num_threads(),
               "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")},
-              "code": code_key("config", "data", "norms", "models", "samplers", "losses", "evaluation", "distillation",
-                                *(["variants"] if cell.is_variant else []), *(["diagnostics"] if cfg.alpha == "auto" else []))}
+              "code": code_key(*_CODE, *(["variants"] if cell.is_variant else []), *(["diagnostics"] if cfg.alpha == "auto" else []),
+                                *(["teachers.augment", "teachers.teacher_recipe", "teachers.TeacherRecipe"] if cell.method == "real" else []))}
 
     def make(directory):
         budget = left()
@@ -69,6 +70,10 @@ def distil_cell(cell, progress=False, budget_seconds=None):
 
     label = f"{cell.teacher}-{cell.norm}-{cell.student}-{cell.method}-{ds.name}-{cell.seed}"
     return flat_record(cell, teacher.record, cached("distil", config, make, label=label, files=["run/student.safetensors"], device=device))
+
+# what every student depends on: a change there makes it a new one (its teacher has a key of its own)
+_CODE = ("config", "data", "image_files", "norms", "models", "samplers", "losses", "evaluation", "checkpoints", "distillation",
+         "experiments.distil_cell", "experiments.cell_sampler", "experiments.new_student")
 
 def cell_sampler(cell, ds):
     "What the student of `cell` is shown: noise, or real images with the augmentation that teachers are trained with."
@@ -110,7 +115,7 @@ def flat_record(cell, teacher, record):
             "alpha_used": record["alpha"], "recal_n": record["recal_n"], "seconds": record["seconds"], "steps": record["steps"], "data_free": record["ledger"]["data_free"],
             "directory": record["directory"], "cached": record["cached"]}
 
-# %% ../nbs/11a_experiments.ipynb #65cc1a04
+# %% ../nbs/11a_experiments.ipynb #d36fe0f6
 def _init_worker(threads): torch.set_num_threads(threads)
 
 @contextmanager
@@ -157,66 +162,91 @@ def run_parallel(function, items, workers, desc="cells"):
 def _train(cell, budget_seconds=None): return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds).record["accuracy"]
 
 def _in_time(job):
-    "`function(cell)` with the seconds that are left, or in words how far it got."
-    function, cell, deadline = job
-    try: return function(cell, budget_seconds=None if deadline is None else max(0.0, deadline - time.time()))
+    "`function(item)` with the seconds that are left, or in words how far it got."
+    function, item, budget = job
+    try: return function(item, budget_seconds=budget.left())
     except Unfinished as e: return str(e)
 
-def _before(deadline, function, cells, workers, desc):
-    device = cells[0].options.get("device", "auto")
-    return run_parallel(_in_time, [(function, c, deadline) for c in cells], pick_workers(workers, device, len(cells)), desc=desc)
+def run_within(budget, function, items, workers="auto", device="auto", desc="cells"):
+    """`function(item, budget_seconds=…)` for all items, side by side, each with what is then left of the `Budget`.
+
+    A list in the order of `items`: results, and in words how far it got for each that was `nskd.runs.Unfinished`.
+    """
+    budget.left()                                                 # the clock starts here, for all processes
+    return run_parallel(_in_time, [(function, i, budget) for i in items], pick_workers(workers, device, len(items)), desc=desc)
+
+def note_unfinished(budget, found):
+    "Put the names among (name, result or how far it got) that are not finished into `budget.lacks`, and print them."
+    lacks = [f"{name} ({far})" for name, far in found if isinstance(far, str)]
+    if lacks: print(f"unfinished: {len(lacks)} of {len(found)}, which the next run goes on with: {'; '.join(lacks)}")
+    budget.lacks += [name for name in lacks if name not in budget.lacks]
 
 def _each_teacher(cells): return list({c.teachers_work(): c for c in cells}.values())
 
-def train_teachers(cells, workers="auto", desc="teachers"):
-    "The teachers of `cells` (each a `TeacherCell`), trained side by side or from the cache: a list of networks in the order of `cells`."
-    cells = list(cells)
-    _before(None, _train, _each_teacher(cells), workers, desc)
-    return [cell_teacher(c, load_dataset(c.dataset)) for c in cells]
+def _train_all(cells, workers, budget, desc):
+    "Train every teacher of `cells` that there is time for: {its work: accuracies, or how far it got}."
+    each = _each_teacher(cells)
+    return dict(zip((c.teachers_work() for c in each), run_within(budget, _train, each, workers, cells[0].options.get("device", "auto"), desc)))
 
-# of a record, what a table without a single finished cell still needs
-_COLUMNS = ["teacher", "norm", "student", "method", "seed", "teacher_accuracy", "cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step",
-            "loss", "balance_targets", "alpha_used", "recal_n", "seconds", "steps", "data_free", "directory", "cached"]
+def trained_teacher(cell):
+    "The teacher of `cell` from the cache, or None where it is not trained."
+    try: return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds=0)
+    except Unfinished: return None
 
-def run_cells(cells, workers="auto", budget_seconds=None):
-    """Run every cell (teachers first, equal work once); a DataFrame with one row a cell.
+def train_teachers(cells, workers="auto", desc="teachers", budget=None):
+    """The teachers of `cells` (each a `TeacherCell`), trained side by side or from the cache: a list of networks in the order of `cells`.
 
-    With `budget_seconds`, cells are begun while there is time, and each may use what is left; those that are not finished
-    then are left out, named in a printed line, and listed in `.attrs["unfinished"]`. The next call goes on with them.
+    None stands for one that the `Budget` had no time for; they are named in a printed line and in `budget.lacks`.
     """
-    deadline = None if budget_seconds is None else time.time() + budget_seconds           # one clock for all processes
+    cells, budget = list(cells), budget or Budget()
+    done = _train_all(cells, workers, budget, desc)
+    note_unfinished(budget, [(f"teacher {c.teacher} {c.norm}, {c.dataset}, seed {c.seed}", done[c.teachers_work()]) for c in _each_teacher(cells)])
+    return [trained_teacher(c) for c in cells]
+
+# what a record has of its cell, and what a table without a single finished cell still needs of its results
+_OF_CELL = ["teacher", "norm", "student", "method", "seed"]
+_RESULTS = ["teacher_accuracy", "cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "loss", "balance_targets", "alpha_used", "recal_n",
+            "seconds", "steps", "data_free", "directory", "cached"]
+
+def run_cells(cells, workers="auto", budget=None):
+    """Run every cell (teachers first, equal work once); a DataFrame with one row a cell, whose index is the cell's place in `cells`.
+
+    With a `Budget`, cells are begun while there is time, and each may use what is left; those that are not finished then are
+    left out, named in a printed line, and listed in `budget.lacks`. The next call goes on with them.
+    """
+    budget = budget or Budget()
     if not cells: raise ValueError("there are no cells to run: norms, methods, students and seeds must not be empty")
     ds = load_dataset(cells[0].dataset)                           # a download or an error here, not in every worker
     if (b := cells[0].config().batch_size) < ds.num_classes:
         warnings.warn(f"a batch of {b} can't hold all {ds.num_classes} classes: rejection sampling balances over steps only", stacklevel=2)
-    _before(deadline, _train, _each_teacher(cells), workers, "teachers")
+    _train_all(cells, workers, budget, "teachers")
     unique = {}
     for c in cells: unique.setdefault(c.work(), c)
     unique = sorted(unique.values(), key=lambda c: c.method != "normshift")       # the longest first: no worker waits at the end
-    by_work = {c.work(): r for c, r in zip(unique, _before(deadline, distil_cell, unique, workers, "students"))}
-    return _records([(c, by_work[c.work()]) for c in cells])
+    done = dict(zip((c.work() for c in unique), run_within(budget, distil_cell, unique, workers, cells[0].options.get("device", "auto"), "students")))
+    note_unfinished(budget, [(f"{c.teacher} {c.norm} → {c.student}, {c.method}, seed {c.seed}", done[c.work()]) for c in cells])
+    rows = {i: {**r, "method": c.method} for i, c in enumerate(cells) if isinstance(r := done[c.work()], dict)}
+    records = pd.DataFrame(list(rows.values()), index=list(rows), columns=None if rows else _OF_CELL + _RESULTS)
+    return records if rows else records.astype(dict.fromkeys(_RESULTS, float))
 
-def _records(found):
-    "A DataFrame of the records among (cell, record or how far it got); the rest is named."
-    rows = [{**r, "method": c.method} for c, r in found if isinstance(r, dict)]
-    lacks = [f"{c.teacher} {c.norm} → {c.student}, {c.method}, seed {c.seed} ({far})" for c, far in found if isinstance(far, str)]
-    records = pd.DataFrame(rows, columns=None if rows else _COLUMNS)
-    records.attrs["unfinished"] = lacks
-    if lacks: print(f"unfinished: {len(lacks)} of {len(found)} cells, which the next run goes on with: {'; '.join(lacks)}")
-    return records
+def with_unfinished(records, cells):
+    "`records` of `run_cells(cells)` with a row for every cell, of which one that is not finished has no results (NaN)."
+    if len(records) == len(cells): return records
+    whole = records.reindex(range(len(cells)))
+    return whole.assign(**{name: [getattr(c, name) for c in cells] for name in _OF_CELL})
 
-# %% ../nbs/11a_experiments.ipynb #c5407d2d
+# %% ../nbs/11a_experiments.ipynb #1f887266
 def study_teachers(p, dataset, norm="bn"):
-    "The teachers of a study with `StudyParameters` p on `dataset`: one a seed, trained side by side or from the cache."
+    "The teachers of a study with `StudyParameters` p on `dataset`: one a seed, trained side by side or from the cache, None where p's budget is over."
     cells = [TeacherCell(teacher=p.teacher, norm=norm, seed=seed, dataset=dataset, teacher_width=p.width_of(p.teacher),
                          teacher_epochs=p.teacher_epochs, options={"device": p.device}) for seed in p.seed_list()]
-    return train_teachers(cells, p.workers, desc=f"teachers, {dataset}")
+    return train_teachers(cells, p.workers, desc=f"teachers, {dataset}", budget=p.budget)
 
 def _measure(job):
     measure, net, options = job
-    return measure(net, **options)
+    return None if net is None else measure(net, **options)
 
 def run_measures(measure, jobs, workers="auto", device="auto", desc="measures"):
-    "`[measure(net, **options) for net, options in jobs]`, side by side; `measure` is a function of the library."
+    "`[measure(net, **options) for net, options in jobs]`, side by side, None for a network that is None; `measure` is a function of the library."
     jobs = [(measure, net, options) for net, options in jobs]
     return run_parallel(_measure, jobs, pick_workers(workers, device, len(jobs)), desc=desc)

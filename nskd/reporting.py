@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'mean_se', 'interval', 'judge', 'per_seed', 'table_claims', 'context_gap', 'accuracy_table',
-           'modes_table', 'beside', 'claims_table', 'styled', 'markdown_table', 'markdown_claims', 'write_results',
-           'publish', 'read_table', 'newest_summary']
+           'modes_table', 'beside', 'so_far', 'claims_table', 'styled', 'markdown_table', 'markdown_claims',
+           'write_results', 'publish', 'read_table', 'newest_summary']
 
-# %% ../nbs/11b_reporting.ipynb #050a84a6
+# %% ../nbs/11b_reporting.ipynb #5bc03d3e
 import os, re
 
 import numpy as np
@@ -17,17 +17,17 @@ from scipy import stats
 
 from .config import pick_device
 from .data import load_dataset
-from .experiments import cell_teacher
+from .experiments import trained_teacher
 from .norms import teacher_context
 from .plots import NAMES, VERDICT_COLOURS, save_figure
-from .runs import Unfinished, claim, outputs_dir, provenance, repo_root, write_bytes, write_json
+from .runs import claim, outputs_dir, provenance, repo_root, write_bytes, write_json
 from .samplers import create_sampler
 
-# %% ../nbs/11b_reporting.ipynb #d9c950ba
+# %% ../nbs/11b_reporting.ipynb #57a7e36a
 def mean_se(values):
-    "Mean and standard error of a sequence; the error is NaN for a single value."
+    "Mean and standard error of a sequence; the error is NaN for a single value, both are for none."
     v = np.asarray(values, float)
-    return v.mean(), v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else np.nan
+    return v.mean() if len(v) else np.nan, v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else np.nan
 
 def interval(values, confidence=0.95):
     "Mean, t-interval and effect size (mean over standard deviation) of per-seed values: a JSON-like dict."
@@ -57,7 +57,7 @@ def per_seed(records, value="cs", **where):
     for column, wanted in where.items(): records = records[records[column].isin(wanted if isinstance(wanted, (list, tuple)) else [wanted])]
     return records.groupby("seed")[value].mean()
 
-# %% ../nbs/11b_reporting.ipynb #e268002e
+# %% ../nbs/11b_reporting.ipynb #d7b20043
 def table_claims(records, table, logit_gap=None):
     """The claims that the paper makes with Table 2 (and again with Table 4), judged on `records`.
 
@@ -106,18 +106,16 @@ def context_gap(cells, norm="ln", n=64):
     """
     gaps = []
     for cell in {c.teachers_work(): c for c in cells if c.norm == norm}.values():
-        ds = load_dataset(cell.dataset)
-        try: teacher = cell_teacher(cell, ds, budget_seconds=0)
-        except Unfinished: continue
+        if (teacher := trained_teacher(cell)) is None: continue
         device = next(teacher.parameters()).device
-        x, a, b = create_sampler("gaussian", ds.shape)(3 * n, generator=torch.Generator().manual_seed(cell.seed)).to(device).chunk(3)
+        x, a, b = create_sampler("gaussian", load_dataset(cell.dataset).shape)(3 * n, generator=torch.Generator().manual_seed(cell.seed)).to(device).chunk(3)
         answers = []
         for mode, company in (("rs", a), ("cs", a), ("cs", b)):
             with teacher_context(teacher, mode): answers.append(teacher(torch.cat((x, company)))[:n])
         gaps += [(z - answers[0]).abs().max().item() for z in answers[1:]]
     return max(gaps, default=None)
 
-# %% ../nbs/11b_reporting.ipynb #f2a3bd7f
+# %% ../nbs/11b_reporting.ipynb #8ac32e6c
 def _pair(teacher, student):
     return f"{NAMES.get(teacher, teacher)} → {NAMES.get(student, student)}"
 
@@ -159,8 +157,14 @@ def beside(measured, paper=None):
         if title in (paper or {}): columns[title, "paper"] = [str(paper[title].get(r, "–")) for r in rows]
     return pd.DataFrame(columns, index=rows)
 
-def claims_table(claims):
-    "Claims as a DataFrame to look at: verdict, statement, and the interval that decided."
+def so_far(claims, p):
+    "`claims` of a notebook with parameters `p`; when its budget ended before all was there, none is decided, and each says so."
+    if not (lacks := p.budget.lacks): return claims
+    return [{**c, "verdict": "inconclusive", "evidence": {"unfinished": f"({len(lacks)} networks are not there yet): nothing is judged on what there is"}} for c in claims]
+
+def claims_table(claims, p=None):
+    "Claims as a DataFrame to look at: verdict, statement, and the interval that decided; `so_far` for a notebook's parameters `p`."
+    if p is not None: claims = so_far(claims, p)
     def evidence(e):
         if "mean" not in e: return ", ".join(f"{k.replace('_', ' ')} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in e.items())
         unit = e.get("unit", "")
@@ -198,7 +202,7 @@ def markdown_claims(claims):
     rows = [(f"**{r.verdict}**", r.claim, r[3]) for r in claims_table(claims).itertuples()]
     return "\n".join("| " + " | ".join(r) + " |" for r in [("verdict", "claim", "mean [95 % interval]"), ("---",) * 3, *rows])
 
-# %% ../nbs/11b_reporting.ipynb #cec728cc
+# %% ../nbs/11b_reporting.ipynb #e3ff935e
 def write_results(name, parameters, records, table, claims, figure=None):
     """Write a table's results to outputs/<name>/ (digits) or outputs/<name>-<dataset>/; a DataFrame of files and what they hold.
 
@@ -208,12 +212,11 @@ def write_results(name, parameters, records, table, claims, figure=None):
     dataset = getattr(parameters, "dataset", "digits")
     if not dataset.startswith("digits"): name = f"{name}-{re.sub('[^A-Za-z0-9]+', '-', os.path.basename(dataset)).strip('-')}"
     directory = outputs_dir() / name
-    tidy = records
-    if "directory" in records: tidy = records.assign(directory=[os.path.relpath(d, outputs_dir()) for d in records.directory])
+    claims, lacks, tidy = so_far(claims, parameters), parameters.budget.lacks, records
+    if "directory" in records: tidy = records.assign(directory=[os.path.relpath(d, outputs_dir()) if isinstance(d, str) else d for d in records.directory])
     write_bytes(directory / "records.csv", tidy.round(4).to_csv(index=False).encode())
     write_bytes(directory / "table.csv", table.to_csv().encode())
-    lacks = records.attrs.get("unfinished", [])                   # of a run out of time, see `run_cells`
-    note = f"**unfinished**, these cells are lacking: {'; '.join(lacks)}\n\n" if lacks else ""
+    note = f"**unfinished**, these are lacking: {'; '.join(lacks)}\n\n" if lacks else ""
     write_bytes(directory / "summary.md", f"{note}{markdown_table(table)}\n\n{markdown_claims(claims)}\n".encode())
     write_json(directory / "claims.json", claims)
     spent = {"seconds_of_all_students": float(records.drop_duplicates("directory").seconds.sum())} if "directory" in records else {}

@@ -133,7 +133,7 @@ def _damaged(path, error, what):
     if isinstance(error, FileNotFoundError): return error
     return ValueError(f"{path} is damaged ({first_line(error)}): delete {what} to have it made again")
 
-# %% ../nbs/07_runs.ipynb #2cce0e6a
+# %% ../nbs/07_runs.ipynb #543b4ee4
 def content_key(*values):
     "A short hash (16 hex digits) of JSON-like values; equal values, equal key."
     return hashlib.sha256(json.dumps(_plain(values), sort_keys=True).encode()).hexdigest()[:16]
@@ -148,12 +148,16 @@ def tensors_key(tensors):
     return h.hexdigest()[:16]
 
 @cache
-def code_key(*modules):
-    "A short hash of what the named modules of nskd do: their syntax trees without docstrings."
-    return content_key([_code_tree(Path(importlib.import_module(f"nskd.{m}").__file__).read_text()) for m in modules])
+def code_key(*parts):
+    "A short hash of what the named modules of nskd, or single definitions (\"teachers.augment\"), do: their syntax trees without docstrings."
+    def read(part):
+        module, _, name = part.partition(".")
+        return _code_tree(Path(importlib.import_module(f"nskd.{module}").__file__).read_text(), name)
+    return content_key([read(p) for p in parts])
 
-def _code_tree(source):
+def _code_tree(source, name=""):
     tree = ast.parse(source)
+    if name: tree, = (node for node in tree.body if getattr(node, "name", None) == name)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Counts', 'BNStudy', 'HistogramStudy', 'ActivationStudy', 'CoverageStudy', 'ContextStudy', 'DependenceStudy',
-           'pretrained_teacher', 'trained_networks', 'ask_in_contexts', 'context_records', 'context_loss',
-           'context_floor', 'accuracy_alone', 'plus_minus', 'seed_table', 'flip_rates_possible']
+           'histogram_row', 'coverage_rows', 'pretrained_teacher', 'trained_networks', 'ask_in_contexts',
+           'context_records', 'context_loss', 'context_floor', 'accuracy_alone', 'plus_minus', 'seed_table',
+           'flip_rates_possible']
 
-# %% ../nbs/13b_studies.ipynb #bce820ea
+# %% ../nbs/13b_studies.ipynb #97593d61
 import math
 from typing import Annotated, Literal, Optional
 
@@ -20,14 +21,14 @@ from .data import load_dataset
 from .diagnostics import BatchDependence, batch_dependence, fluctuation_correlation
 from .evaluation import evaluate
 from .loading import tensors_only
-from .experiments import cell_student, cell_teacher, run_measures
+from .experiments import cell_student, run_measures, trained_teacher
 from .parameters import NARROW, Cell, Names, Seeds, StudyParameters, _listed
 from .models import create_model, list_models
 from .norms import norm_kinds, teacher_context
 from .reporting import mean_se
 from .theory import irreducible_error
 
-# %% ../nbs/13b_studies.ipynb #14212f44
+# %% ../nbs/13b_studies.ipynb #34ccb8fe
 class BNStudy(StudyParameters):
     "A study of the BN modes of one family of teachers, over seeds."
     seeds: Seeds = 5
@@ -98,13 +99,28 @@ class DependenceStudy(ContextStudy):
         return {"convnext_ln": (self.convnext, None, 0.0, self.steps), "convnext_bn": (self.convnext, "bn", 0.0, self.steps),
                 "convnext_aligned": (self.convnext, "aligned", 0.0, self.steps), "vit": (self.vit, None, self.dropout, self.vit_steps)}
 
-    def cells(self):
-        "One cell a seed and student, slowest varying first: seed, student."
-        return [Cell(teacher=self.teacher, norm="bn", student=name, method="gaussian_cs", seed=seed, dataset=self.dataset,
+    def plan(self):
+        "(labels, cell) of every student, slowest varying first: seed, student."
+        return [(dict(network=row), Cell(teacher=self.teacher, norm="bn", student=name, method="gaussian_cs", seed=seed, dataset=self.dataset,
                      teacher_width=self.width_of(self.teacher), student_width=self.width_of(name), student_norm=norm,
                      student_dropout=dropout, teacher_epochs=self.teacher_epochs,
-                     options=dict(steps=steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", eval_every=steps, device=self.device))
-                for seed in self.seed_list() for name, norm, dropout, steps in self.students().values()]
+                     options=dict(steps=steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", eval_every=steps, device=self.device)))
+                for seed in self.seed_list() for row, (name, norm, dropout, steps) in self.students().items()]
+
+# %% ../nbs/13b_studies.ipynb #0a6df926
+_HISTOGRAM = ("teacher_accuracy", "effective_classes", "missing_classes", "largest_share", "max_min_ratio", "required_k", "marginal_entropy", "conditional_entropy", "mutual_information")
+
+def histogram_row(teacher, h):
+    "The numbers of a teacher's `class_histogram` h, one column each (accuracy and share in percent); NaN where there is no teacher yet."
+    if teacher is None: return dict.fromkeys(_HISTOGRAM, math.nan)
+    i = h.information
+    return dict(zip(_HISTOGRAM, (teacher.record["accuracy"]["rs"], h.effective_classes, h.missing_classes, 100 * h.hard.max().item(), h.max_min_ratio, h.required_k,
+                                 i.marginal_entropy, i.conditional_entropy, i.mutual_information)))
+
+def coverage_rows(found, counts):
+    "What `coverage` found after `counts` numbers of samples; NaN where it found nothing yet (None)."
+    columns = ("zero_classes", "min", "max", "max_over_expected", "required_k", "required_k_low", "required_k_high", "unseen_below")
+    return pd.DataFrame({"samples": counts, **dict.fromkeys(columns, math.nan)}) if found is None else found
 
 # %% ../nbs/13b_studies.ipynb #18147e46
 def pretrained_teacher(name):
@@ -121,15 +137,15 @@ def pretrained_teacher(name):
         url = torchvision.models.get_model_weights(bare).DEFAULT.url
         raise RuntimeError(f"{bare}'s weights could not be fetched ({e}): put {url} into torch's hub folder, checkpoints/, and run again") from e
 
-# %% ../nbs/13b_studies.ipynb #f3b45c91
+# %% ../nbs/13b_studies.ipynb #86cf1104
 def trained_networks(cells, names, directories):
-    "{(seed, name): network}: the students of `cells`, trained into `directories`, and every seed's teacher as \"teacher\"."
+    "{(seed, name): network}: the students of `cells`, trained into `directories`, and every seed's teacher as \"teacher\"; None for what is not trained."
     ds = load_dataset(cells[0].dataset)
-    teachers = {(c.seed, "teacher"): cell_teacher(c, ds) for c in {c.seed: c for c in cells}.values()}
-    return teachers | {(c.seed, name): cell_student(c, ds, d) for c, name, d in zip(cells, names, directories)}
+    teachers = {(c.seed, "teacher"): trained_teacher(c) for c in {c.seed: c for c in cells}.values()}
+    return teachers | {(c.seed, name): cell_student(c, ds, d) if isinstance(d, str) else None for c, name, d in zip(cells, names, directories)}
 
 def ask_in_contexts(p, nets, rows, draw):
-    """`batch_dependence` of `nets` by a `ContextStudy` p: {(seed, row): BatchDependence}, all of a seed in the same contexts.
+    """`batch_dependence` of `nets` by a `ContextStudy` p: {(seed, row): BatchDependence, or None}, all of a seed in the same contexts.
 
     `nets`: {(seed, name): network}. `rows`: {row: (name of its network, options of `batch_dependence` to change)}; the mode is
     "cs" unless changed. `draw`: a sampler.
@@ -144,35 +160,41 @@ def _shared(a, b):
     return BatchDependence(a.logits[:least]), BatchDependence(b.logits[:least])
 
 def context_records(found, elsewhere=()):
-    """One row a network and seed of {(seed, network): BatchDependence}: a DataFrame.
+    """One row a network and seed of {(seed, network): BatchDependence, or None where there is none yet}: a DataFrame.
 
     Columns: `flip_rate` and `off_mode` in percent, `prob_variance`, `classes`, and `correlation` of the logits' fluctuations
     with those of the seed's "teacher" (NaN for itself and for networks named in `elsewhere`, whose contexts were others).
     """
     def correlation(seed, n): return math.nan if n in ("teacher", *elsewhere) else fluctuation_correlation(*_shared(found[seed, n], found[seed, "teacher"]))
-    return pd.DataFrame([dict(network=n, seed=seed, flip_rate=100 * d.flip_rate, off_mode=100 * d.off_mode, prob_variance=d.prob_variance,
-                              correlation=correlation(seed, n), classes=" ".join(map(str, d.classes))) for (seed, n), d in found.items()])
+    def measured(seed, n, d):
+        if d is None: return dict.fromkeys(("flip_rate", "off_mode", "prob_variance", "correlation"), math.nan) | {"classes": ""}
+        return dict(flip_rate=100 * d.flip_rate, off_mode=100 * d.off_mode, prob_variance=d.prob_variance, correlation=correlation(seed, n), classes=" ".join(map(str, d.classes)))
+    return pd.DataFrame([dict(network=n, seed=seed, **measured(seed, n, d)) for (seed, n), d in found.items()])
 
 def context_loss(student, teacher, tau=1.0):
-    "Mean KL(p_T ‖ p_S) at `tau` of two `BatchDependence`s over the inputs and contexts of both, nats."
+    "Mean KL(p_T ‖ p_S) at `tau` of two `BatchDependence`s over the inputs and contexts of both, nats; NaN where one is None."
+    if student is None or teacher is None: return math.nan
     s, t = ((d.logits.double() / tau).log_softmax(2) for d in _shared(student, teacher))
     return (t.exp() * (t - s)).sum(2).mean().item()
 
 def context_floor(teacher, tau=1.0):
     "The least `context_loss` of any student that answers the same in every batch: mean I(Y; B | X = x), nats (Proposition 5.1)."
+    if teacher is None: return math.nan
     return irreducible_error((teacher.logits.double() / tau).softmax(2)).mean().item()
 
 def accuracy_alone(net, images, labels):
     "Accuracy (0..100) on images judged one at a time: running statistics, and aligned layers fall back to their own norm."
     with teacher_context(net, "rs"): return evaluate(net, images, labels, "rs")["accuracy"]
 
-# %% ../nbs/13b_studies.ipynb #5d10dc48
+# %% ../nbs/13b_studies.ipynb #6241fb2b
 def plus_minus(values, digits=2):
-    "Mean ± standard error over seeds, as text; a single value has no error, an infinite one makes the mean ∞."
-    v = np.asarray(values, float)
+    "Mean ± standard error over seeds, as text; a single value has no error, an infinite one makes the mean ∞, NaN is a seed that is not there."
+    every = np.asarray(values, float)
+    v = every[~np.isnan(every)]
+    if not len(v): return "–"
     if np.isinf(v).any(): return "∞" if np.isinf(v).all() else f"∞ ({np.isinf(v).sum()} of {len(v)} seeds)"
     mean, se = mean_se(v)
-    return f"{mean:,.{digits}f}" + ("" if math.isnan(se) else f" ± {se:,.{digits}f}")
+    return f"{mean:,.{digits}f}" + ("" if math.isnan(se) else f" ± {se:,.{digits}f}") + (f" ({len(v)} of {len(every)} seeds)" if len(v) < len(every) else "")
 
 def seed_table(records, by, columns):
     "Mean ± standard error over seeds: rows the groups of `by`, columns {title: (column of `records`, digits)}."

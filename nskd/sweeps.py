@@ -6,7 +6,7 @@
 __all__ = ['Sweep', 'AlphaSweep', 'ReplacementSweep', 'SensitivitySweep', 'TransferSweep', 'RejectionSweep', 'ProtocolSweep',
            'StudentSweep', 'run_sweep', 'histories', 'cell_texts', 'pick_regret', 'break_even', 'factorial_effects']
 
-# %% ../nbs/11c_sweeps.ipynb #d0b71591
+# %% ../nbs/11c_sweeps.ipynb #69a4d453
 import itertools
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
 
 from .config import one_of
-from .experiments import run_cells
+from .experiments import run_cells, with_unfinished
 from .parameters import DistillStudy, Seeds, _each, _listed
 from .models import list_models
 from .reporting import interval
@@ -154,26 +154,36 @@ class StudentSweep(DistillStudy, ContextStudy):
         return [(dict(network=name), self.cell(seed, self.teacher, network, "bn", "gaussian_cs", student_norm=norm, options={"lr": rate(network), **options}))
                 for seed in self.seed_list() for name, (network, norm, options) in students.items()]
 
-# %% ../nbs/11c_sweeps.ipynb #d3e9e894
-def run_sweep(plan, workers="auto"):
+# %% ../nbs/11c_sweeps.ipynb #7381419e
+def run_sweep(plan, workers="auto", budget=None):
     """Run the cells of `plan`, a list of (labels, cell); a DataFrame of their records with the labels as first columns.
 
-    Cells that are the same work are done once. A label takes the place of a column of the same name.
+    Cells that are the same work are done once. A label takes the place of a column of the same name. Cells that the `Budget`
+    had no time for have a row without results (NaN), and are named in `budget.lacks`.
     """
-    plan = list(plan)
-    records = run_cells([cell for _, cell in plan], workers)
+    cells = [cell for _, cell in plan]
+    records = with_unfinished(run_cells(cells, workers, budget), cells)
     labels = pd.DataFrame([labels for labels, _ in plan])
     return pd.concat([labels, records.drop(columns=labels.columns, errors="ignore")], axis=1)
 
-def histories(records):
-    "Every evaluation of every run in `records`: their columns, with those of the runs' history (`step`, `accuracy_cs` …)."
+def histories(records, plan):
+    """Every evaluation of every run in the `records` of `run_sweep(plan)`: their columns, with those of the runs' history (`step`, `accuracy_cs` …).
+
+    The evaluations of a run that is not finished are there without results (NaN).
+    """
     parts = []
-    for row in records.to_dict("records"):
-        history = pd.read_csv(Path(row["directory"]) / "run/history.csv")
+    for row, (_, cell) in zip(records.to_dict("records"), plan):
+        history = pd.read_csv(Path(row["directory"]) / "run/history.csv") if isinstance(row["directory"], str) else _to_come(cell.config())
         parts.append(history.assign(**{k: v for k, v in row.items() if k not in history}))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/11c_sweeps.ipynb #62dc5dfd
+def _to_come(cfg):
+    "The history that a run of `cfg` will have, without results."
+    steps = pd.Series(sorted({*range(cfg.eval_every, cfg.steps + 1, cfg.eval_every), cfg.steps}))
+    images = steps * cfg.batch_size * (1 if cfg.pool_size else cfg.k)
+    return pd.DataFrame({"step": steps, "images_seen": images, **dict.fromkeys(("loss", "accuracy_cs", "accuracy_rs", "accuracy_recal", "balance_targets"), np.nan)})
+
+# %% ../nbs/11c_sweeps.ipynb #a87f254d
 def cell_texts(records, rows, value="cs", digits=1):
     "Mean ± standard error of `value` over seeds by the column `rows`, in order of appearance: {row: text}."
     return {key: plus_minus(part[value], digits) for key, part in records.groupby(rows, sort=False)}
@@ -182,24 +192,29 @@ def pick_regret(records, signal="mutual_information", value="cs"):
     """How good the choice by `signal` is, for every norm and seed: a DataFrame.
 
     `records`: columns norm, seed, alpha, `signal`, `value`. Columns: `picked` and `best` (α with the largest signal, and with the largest
-    value), `regret` (how much of `value` the pick costs, 0 or more), `rank_correlation` (Spearman's, of signal and value over α).
+    value), `regret` (how much of `value` the pick costs, 0 or more), `rank_correlation` (Spearman's, of signal and value over α); NaN where a
+    run is not finished.
     """
     rows = []
     for (norm, seed), part in records.groupby(["norm", "seed"], sort=False):
+        if part[[signal, value]].isna().any(axis=None):
+            rows.append({"norm": norm, "seed": seed, **dict.fromkeys(("picked", "best", "regret", "rank_correlation"), np.nan)})
+            continue
         pick, best = part.loc[part[signal].idxmax()], part.loc[part[value].idxmax()]
         rows.append({"norm": norm, "seed": seed, "picked": pick.alpha, "best": best.alpha, "regret": best[value] - pick[value],
                      "rank_correlation": part[signal].corr(part[value], method="spearman")})
     return pd.DataFrame(rows)
 
-# %% ../nbs/11c_sweeps.ipynb #e7cd3e56
+# %% ../nbs/11c_sweeps.ipynb #9ad3c67b
 def break_even(records, method="normshift"):
     """The number of real images at which distilling on them equals `method`, one a seed: a list of floats.
 
     `records`: columns seed, method, images (for the method "real"), cs. Linear in the logarithm of the number; the smallest, or
-    the largest, that was tried where the two don't meet.
+    the largest, that was tried where the two don't meet; a seed with a run that is not finished is left out.
     """
     found = []
     for _, part in records.groupby("seed"):
+        if part.cs.isna().any(): continue
         real = part[part.method == "real"].sort_values("images")
         gap, images = real.cs.to_numpy() - part[part.method == method].cs.item(), np.log(real.images.to_numpy(float))
         if gap[0] >= 0 or (gap < 0).all(): at = images[0] if gap[0] >= 0 else images[-1]

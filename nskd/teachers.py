@@ -169,7 +169,7 @@ def _decayed(net, weight_decay):
     rest = [p for p in net.parameters() if p.dim() <= 1]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
-# %% ../nbs/08_teachers.ipynb #ac6efbb2
+# %% ../nbs/08_teachers.ipynb #dd8fc346
 def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction=1.0, device="auto", progress=True, budget_seconds=None):
     """A trained classifier for data set `ds`, from the cache if it was trained before; in evaluation mode.
 
@@ -187,7 +187,7 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     config = {"model": model, "fraction": fraction, "data": ds.fingerprint, "seed": seed, "device": device.type, "threads": n_threads,
               "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
               "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")},
-              "code": code_key("config", "data", "models", "norms", "evaluation", "teachers")}
+              "code": code_key(*_CODE)}
     net = _build(model, fraction, seed)
 
     def make(directory):
@@ -203,6 +203,9 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     net.load_state_dict(load_tensors(f"{record['directory']}/weights.safetensors"))
     net.record = record
     return net.eval().to(device)
+
+# what a teacher depends on: a change there makes it a new one
+_CODE = ("config", "data", "image_files", "models", "norms", "evaluation", "checkpoints", "teachers")
 
 def _build(model, fraction, seed):
     if fraction == 1 or model["norm"] in (None, "bn"): return create_model(**model, seed=seed)

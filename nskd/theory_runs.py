@@ -6,7 +6,7 @@
 __all__ = ['TheoryParameters', 'TheoryJob', 'head_checks', 'network_bound', 'selfless_head', 'measure_theory', 'run_theory',
            'theory_table', 'plot_theory', 'theory_claims']
 
-# %% ../nbs/15c_theory_runs.ipynb #580a047e
+# %% ../nbs/15c_theory_runs.ipynb #6f78469e
 import math
 from typing import ClassVar
 
@@ -19,8 +19,8 @@ from .attention import attention_layers, materialised_attention, prefix_tokens, 
 from .attention_runs import AttentionParameters
 from .data import load_dataset
 from .config import Config
-from .experiments import pick_workers, run_parallel
-from .parameters import RunParameters, Seeds
+from .experiments import note_unfinished, run_within
+from .parameters import Budget, RunParameters, Seeds
 from .models import create_model
 from .norms import bn_mode
 from .runs import cached, claim, code_key, versions
@@ -93,22 +93,26 @@ def selfless_head(d_k, dim, generator=None):
     turn = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)] * (d_k // 2))
     return w_q, turn @ w_q
 
-# %% ../nbs/15c_theory_runs.ipynb #d00a89fb
-def _train(name, ds, p, seed, norm=None):
+# %% ../nbs/15c_theory_runs.ipynb #336ede0f
+def _train(name, ds, p, seed, norm=None, left=lambda: None):
     recipe = teacher_recipe(ds, name)
     if p.teacher_epochs: recipe = recipe.replace(epochs=p.teacher_epochs)
     width = p.width_of(name)
     untrained = create_model(name, ds.num_classes, ds.channels, ds.image_size, norm=norm, width=width, seed=seed).eval()
-    return untrained, train_teacher(name, ds, norm=norm, width=width, seed=seed, recipe=recipe, device=p.device, progress=False).cpu()
+    return untrained, train_teacher(name, ds, norm=norm, width=width, seed=seed, recipe=recipe, device=p.device, progress=False, budget_seconds=left()).cpu()
 
-def measure_theory(job):
-    "All measurements of one seed, or their record from the cache: a JSON-like dict with `heads`, `shift`, `proposition`, `conditional`."
+def measure_theory(job, budget_seconds=None):
+    """All measurements of one seed, or their record from the cache: a JSON-like dict with `heads`, `shift`, `proposition`, `conditional`.
+
+    `budget_seconds`: of the training of both networks, as in `train_teacher`.
+    """
+    left = Budget(budget_seconds).left
     p, ds = job.p, load_dataset(job.p.dataset)
     attention_layers(create_model(p.model, ds.num_classes, ds.channels, ds.image_size, width=p.width_of(p.model)))
-    untrained, vit = _train(p.model, ds, p, job.seed)
-    _, cnn = _train(p.bn_model, ds, p, job.seed, "bn")
-    config = {"vit": vit.record["key"], "cnn": cnn.record["key"], "p": p.model_dump(exclude={"seeds", "device", "workers"}), "seed": job.seed,
-              "torch": versions()["torch"], "code": code_key("theory", "attention", "theory_runs", "samplers")}
+    untrained, vit = _train(p.model, ds, p, job.seed, left=left)
+    _, cnn = _train(p.bn_model, ds, p, job.seed, "bn", left)
+    config = {"vit": vit.record["key"], "cnn": cnn.record["key"], "p": p.model_dump(exclude={"seeds", "device", "workers", "budget_seconds"}), "seed": job.seed,
+              "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")}, "code": code_key(*_CODE)}
 
     def make(directory):
         g = torch.Generator().manual_seed(job.seed)
@@ -124,6 +128,9 @@ def measure_theory(job):
     record = cached("theory_runs", config, make, label=f"{p.model}-{ds.name}-{job.seed}")
     return {**record, "accuracy": {"vit": vit.record["accuracy"]["rs"], "cnn": cnn.record["accuracy"]["rs"]},
             "seconds": vit.record["seconds"] + cnn.record["seconds"]}
+
+# what the measurements depend on (both networks have keys of their own)
+_CODE = ("config", "models", "norms", "attention", "samplers", "theory", "theory_runs")
 
 def _shift(cnn, x, g):
     laws = {"gaussian": (lambda s, g: torch.randn(s, generator=g) * 2 + 1, 1, 4), "uniform": (lambda s, g: torch.rand(s, generator=g), 0.5, 1 / 12),
@@ -142,14 +149,16 @@ def _proposition(cnn, ds, p, seed, g):
             "rs": irreducible_error(ask(cnn, "rs")).max().item(), "ln": irreducible_error(ask(ln, "cs")).max().item()}
 
 def run_theory(p):
-    "Every seed of `p`: (a DataFrame with one row a head, the seeds' records)."
+    "Every seed of `p` that its budget has time for: (a DataFrame with one row a head, the seeds' records)."
     load_dataset(p.dataset)
     jobs = [TheoryJob(seed=s, p=p) for s in p.seed_list()]
-    done = run_parallel(measure_theory, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="seeds")
+    done = run_within(p.budget, measure_theory, jobs, p.workers, p.device, desc="seeds")
+    note_unfinished(p.budget, [(f"{p.model} and {p.bn_model}, seed {j.seed}", r) for j, r in zip(jobs, done)])
+    jobs, done = zip(*found) if (found := [(j, r) for j, r in zip(jobs, done) if isinstance(r, dict)]) else ((), ())
     heads = [{"seed": j.seed, **h, "seconds": r["seconds"], "directory": r["directory"], "cached": r["cached"]} for j, r in zip(jobs, done) for h in r["heads"]]
     return pd.DataFrame(heads), [{"seed": j.seed, **r} for j, r in zip(jobs, done)]
 
-# %% ../nbs/15c_theory_runs.ipynb #95eb1f82
+# %% ../nbs/15c_theory_runs.ipynb #cfa2c941
 _TABLE = {   # column: (what it is, what the paper says or assumes)
     "a1_rate": ("share of draws in which (A1) holds", "assumed: 1, \"mild\""), "kappa": ("κ, median over draws", "≤ 1 in the regular regime"),
     "a2": ("(A2) holds at C = {constant:g}", "assumed"), "a2_largest_constant": ("largest C at which (A2) would hold", "\"universal\", not given"),
@@ -161,6 +170,7 @@ _TABLE = {   # column: (what it is, what the paper says or assumes)
 def theory_table(heads, p):
     "The measured conditions, coverage and tightness, untrained and trained, beside what the paper says."
     rows = []
+    if heads.empty: return pd.DataFrame(columns=["quantity", "paper"])
     for column, (what, paper) in _TABLE.items():
         row = {"quantity": what.format(constant=p.constant)}
         for weights, part in heads.groupby("weights", sort=False):
@@ -169,12 +179,13 @@ def theory_table(heads, p):
         rows.append({**row, "paper": paper.format(cover=1 - p.delta)})
     return pd.DataFrame(rows)
 
-# %% ../nbs/15c_theory_runs.ipynb #a9ebd164
+# %% ../nbs/15c_theory_runs.ipynb #d00957b2
 def plot_theory(heads, p):
-    "Left: κ of every head, where (A1) needs 1. Right: Δ, its bound and log N by block, trained weights. Returns the figure."
+    "Left: κ of every head, where (A1) needs 1. Right: Δ, its bound and log N by block, trained weights. Returns the figure, or None without heads."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
     from nskd.plots import COLOURS, use_style
+    if heads.empty: return None
     use_style()
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.9))
     for weights, shift in (("untrained", -0.15), ("trained", 0.15)):
@@ -192,9 +203,10 @@ def plot_theory(heads, p):
     for ax in (left, right): ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.legend(fontsize="x-small", frameon=True, framealpha=0.9)
     return fig
 
-# %% ../nbs/15c_theory_runs.ipynb #6e4a934e
+# %% ../nbs/15c_theory_runs.ipynb #e543eddc
 def theory_claims(heads, seeds, p):
     "The claims of sections 3.1, 5.2 and 7.1 and Appendix B, judged on `run_theory`'s results: a list of claims."
+    if heads.empty: return []
     return _score_claims(heads) + _theorem_claims(heads, seeds, p) + _shift_claims(seeds) + _proposition_claims(seeds)
 
 def _adder(found): return lambda id, statement, source, verdict, evidence: found.append(claim(f"theory.{id}", statement, f"NormShift-KD, {source}", verdict, evidence))

@@ -22,7 +22,7 @@ from .plots import COLOURS, label, use_style
 from .preflight import ENOUGH, LEAST, judge_teacher, preflight, score
 from .sweeps import run_sweep
 
-# %% ../nbs/18b_track.ipynb #cc2ed71c
+# %% ../nbs/18b_track.ipynb #70e8086c
 class TrackStudy(DistillStudy):
     "Parameters of track_record.ipynb: a CNN in five forms, and networks with a LayerNorm of their own."
     absent: ClassVar[tuple] = ("alpha",)
@@ -57,17 +57,17 @@ class TrackStudy(DistillStudy):
         for (seed, title), flight in flights.items():
             name, norm, share = self.rows()[title]
             for way, method in (("chosen", "normshift"), ("ordinary", "gaussian_rs")):
-                options = dict(alpha=flight.alpha or 0.0) if way == "chosen" else {}
+                options = dict(alpha=flight.alpha or 0.0) if way == "chosen" and flight else {}
                 plan.append((dict(way=way, row=title), self.cell(seed, name, self.student, norm, method, fraction=share, options=options)))
         return plan
 
-# %% ../nbs/18b_track.ipynb #0cb761cb
+# %% ../nbs/18b_track.ipynb #5d15ee9f
 def forecasts(p):
-    "`preflight` of every teacher of a `TrackStudy` p, without a limit of time, so that it is the same on any machine: {(seed, title): Preflight}."
+    "`preflight` of every teacher of a `TrackStudy` p, without a limit of time, so that it is the same on any machine: {(seed, title): Preflight, or None where p's budget ended before the teacher}."
     cells = p.teachers()
     shape = load_dataset(p.dataset).shape
     jobs = [(net, dict(shape=shape, k=p.k, batch_size=p.batch_size, samples=p.samples, budget_seconds=math.inf, device=p.device, seed=cell.seed))
-            for net, cell in zip(train_teachers(cells.values(), p.workers), cells.values())]
+            for net, cell in zip(train_teachers(cells.values(), p.workers, budget=p.budget), cells.values())]
     return dict(zip(cells, run_measures(preflight, jobs, p.workers, p.device, desc="preflight")))
 
 def track_records(p, flights):
@@ -76,9 +76,10 @@ def track_records(p, flights):
     `score`: I(X;C) in that mode as a share of log(classes), 0 to 1. `verdict`: "go", "care", "no go". `share`: the student's accuracy
     in percent of its teacher's. Besides, `flip_rate` (0 to 1), `evenness` (H(P̄) over log(classes)), and all columns of `run_sweep`.
     """
-    records = run_sweep(p.students(flights), p.workers)
+    records = run_sweep(p.students(flights), p.workers, p.budget)
     def forecast(r):
         flight = flights[r.seed, r.row]
+        if flight is None: return {"asked": "–", "score": math.nan, "verdict": "–", "flip_rate": math.nan, "evenness": math.nan}
         mode = flight.mode if r.way == "chosen" else "rs"
         flips, k = (flight.flip_rate, p.k) if r.way == "chosen" else (0.0, 1)              # running statistics: no company
         h = flight.modes[mode]

@@ -15,6 +15,7 @@ from nskd.faults import FAULTS, fault_table
 from nskd.models import create_model
 from nskd.parameters import TableParameters, table_cells
 from nskd.runs import Unfinished, cached, held, tensors_key
+from nskd.samplers import create_sampler
 from nskd.teachers import TeacherRecipe, train_teacher
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork")
@@ -210,3 +211,30 @@ def test_a_notebook_whose_kernel_is_killed_goes_on(repo, tmp_path):
     pd.testing.assert_frame_equal(drop(numbers), drop(whole.round(4)), check_dtype=False)
     weights = [Path(p)/"run/student.safetensors" for p in (tmp_path/"out"/numbers.directory[0], whole.directory[0])]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_random_states_of_a_gpu_survive(tmp_path, precision):
+    "A student with dropout on a GPU: stopped at every checkpoint and continued, with other random numbers drawn in between."
+    def make(seed):
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten(), torch.nn.Dropout(0.3), torch.nn.Linear(8 * 36, 10))
+    cfg = DistillConfig(steps=6, eval_every=3, batch_size=32, k=2, device="cuda", precision=precision)
+    sampler = create_sampler("gaussian", (1, 8, 8))
+    whole = distill(make(0), make(1), cfg, sampler=sampler, progress=False)
+    student = make(1)
+    while (part := distill(make(0), student, cfg.replace(budget_seconds=1e-9), tmp_path, sampler=sampler, progress=False)).state == "unfinished": torch.rand(7, device="cuda")
+    assert tensors_key(part.student.state_dict()) == tensors_key(whole.student.state_dict())
+    assert part.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_teacher_on_a_gpu_is_continued_with_the_same_bits(tmp_path, monkeypatch):
+    ds, found = load_dataset("digits"), []
+    for name, budget in (("whole", None), ("parts", 1e-9)):
+        monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path/name))
+        for _ in range(100):
+            try: found.append(train_teacher("wrn16", ds, norm="bn", width=1, recipe=TeacherRecipe(epochs=1), device="cuda", progress=False, budget_seconds=budget).record["key"]); break
+            except Unfinished: torch.rand(7, device="cuda")
+    assert len(found) == 2 and found[0] == found[1]

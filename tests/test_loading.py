@@ -206,3 +206,21 @@ def test_damaged_json(tmp_path, data):
 @pytest.mark.parametrize("read", [load_tensors, read_meta, read_json])
 def test_a_missing_file_is_missing_and_not_damaged(read, tmp_path):
     with pytest.raises(FileNotFoundError): read(tmp_path/"nothing")
+
+
+def foreign_network(name):
+    "A network of another library as its users export it, with few blocks."
+    import nskd.vision                            # before timm, which imports torchvision
+    if name == "torchvision:mobilenet_v2": return nskd.vision.torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.25)
+    import timm
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=10, depth=1)
+
+
+@pytest.mark.parametrize("name, norms", [("torchvision:mobilenet_v2", "52 BatchNorms"), ("timm:vit_tiny_patch16_224", "3 LayerNorms")])
+def test_exported_networks_of_other_libraries_are_read(tmp_path, name, norms):
+    net, x = foreign_network(name).eval(), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), tmp_path/"net.pt2")
+        other = load_teacher(tmp_path/"net.pt2", input_shape=(3, 32, 32))
+        assert norms in other.origin["possible"]
+        torch.testing.assert_close(other(x), net(x), atol=1e-5, rtol=1e-4)

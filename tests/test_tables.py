@@ -102,7 +102,7 @@ def test_a_table_out_of_time_shows_the_cells_it_has_and_names_the_others(repo, r
     assert len(lacks) == 8 and all("seed 2 (the teacher is not trained)" in cell for cell in lacks)
     assert "**unfinished**" in (outputs/"table2-wrn28/summary.md").read_text()
     said = [o["text"] for c in json.loads((outputs/"late.ipynb").read_text())["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout"]
-    assert any("unfinished: 8 of 24 cells" in "".join(text) for text in said)
+    assert any("unfinished: 8 of 24, which" in "".join(text) for text in said)
 
 
 def test_a_table_without_time_is_empty_and_no_error(repo, tmp_path):
