@@ -6,7 +6,7 @@
 __all__ = ['norm_kinds', 'bn_mode', 'BatchAligned', 'align_batch', 'set_alpha', 'unalign', 'resolve_teacher_mode',
            'teacher_context', 'group_count', 'make_norm', 'replace_norm']
 
-# %% ../nbs/02_norms.ipynb #c68e8f1e
+# %% ../nbs/02_norms.ipynb #95ee2525
 from collections import Counter
 from contextlib import contextmanager
 from numbers import Real
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import one_of
+from .parallel import sharing, whole_moments
 
 # %% ../nbs/02_norms.ipynb #99696cf4
 def norm_kinds(net):
@@ -61,7 +62,7 @@ def bn_mode(net, mode):
         for m, flag in tracking: m.track_running_stats = flag
         for m, flag in training: m.training = flag
 
-# %% ../nbs/02_norms.ipynb #69f317c7
+# %% ../nbs/02_norms.ipynb #8a7e9ff1
 class BatchAligned(nn.Module):
     """A LayerNorm or GroupNorm with batch alignment of strength `alpha` in [0, 1] before its affine map.
 
@@ -76,7 +77,7 @@ class BatchAligned(nn.Module):
         self.register_forward_pre_hook(_no_change)
 
     def forward(self, x):
-        if self.alpha == 0 or x.shape[0] == 1: return self.norm(x)
+        if self.alpha == 0 or (x.shape[0] == 1 and not sharing()): return self.norm(x)
         z = _without_affine(self.norm, x)
         axis = _channel_axis(self.norm, z)
         weight, bias = _affine(self.norm, z, axis)
@@ -105,7 +106,7 @@ def _check_alpha(alpha):
         raise ValueError(f"alpha is a blend factor between 0 and 1, not {alpha!r}")
     return float(alpha)
 
-# %% ../nbs/02_norms.ipynb #d93c4ec1
+# %% ../nbs/02_norms.ipynb #aca42eb4
 def _is_nchw_layer_norm(norm):
     # torchvision's and timm's LayerNorm2d take NCHW but normalise over C: the name is all that tells them apart
     return isinstance(norm, nn.LayerNorm) and "2d" in type(norm).__name__.lower()
@@ -126,8 +127,9 @@ def _alignment(z, axis, alpha, eps):
     "Scale and shift, one a channel and shaped to broadcast, that blend `z` with its batch-normalised self."
     channels = z.shape[axis]
     flat = (z if axis == 1 else z.reshape(-1, channels) if axis == z.dim() - 1 else z.movedim(axis, 1)).float()
-    if torch.is_grad_enabled() and flat.requires_grad:          # an aligned student: the statistics carry gradients too
+    if sharing() or torch.is_grad_enabled() and flat.requires_grad:     # an aligned student: the statistics carry gradients too
         var, mean = torch.var_mean(flat, [d for d in range(flat.dim()) if d != 1], correction=0)
+        mean, var, _ = whole_moments(mean, var, flat.numel() // channels)       # of the batch that several processes share
         rstd = torch.rsqrt(var + eps)
     else:
         # the batch-norm kernel's own statistics: on a CPU several times faster than var_mean, but without gradient
