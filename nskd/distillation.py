@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult', 'distill', 'Replay',
            'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #473a5596
+# %% ../nbs/09_distillation.ipynb #be7d611d
 import copy, hashlib, json, math, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, pseudo_label_loss
 from .norms import _check_alpha, resolve_teacher_mode, teacher_context
+from .parallel import check_rows, current, over_processes, sum_gradients
 from .runs import (code_key, file_sha256, finished_record, held, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
                        write_bytes, write_json)
 from .samplers import BalancedPool, create_sampler
@@ -99,7 +100,7 @@ def step_seed(seed, step):
     "A seed for `step` (a number or a name) of run `seed`: their hash, 0 … 2**63 - 1."
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/09_distillation.ipynb #4c286826
+# %% ../nbs/09_distillation.ipynb #4b28e0b1
 class Supervisor:
     """One batch of noise and the teacher's answers a call: `inputs (B, C, H, W), logits (B, classes)`.
 
@@ -132,7 +133,7 @@ class Supervisor:
         return x, z
 
     def query(self, x):
-        with autocast(self.device, pick_teacher_precision(self.cfg.precision, self.device)): return self.teacher(x).float()
+        with autocast(self.device, pick_teacher_precision(self.cfg.precision, self.device)): return over_processes(self.teacher, x).float()
 
     def _noise(self, n, g): return self.draw(n, generator=g, device=self.device).contiguous(memory_format=torch.channels_last)
 
@@ -186,7 +187,7 @@ def balance(counts):
     p = counts.double() / counts.sum()
     return float(torch.special.entr(p).sum() / math.log(max(2, len(p))))
 
-# %% ../nbs/09_distillation.ipynb #4da0f009
+# %% ../nbs/09_distillation.ipynb #4e5e13c6
 class _Job:
     def __init__(self, teacher, student, cfg, draw, test_data, recal_images, num_classes, device):
         self.teacher, self.student, self.cfg, self.device = teacher, student, cfg, device
@@ -206,7 +207,7 @@ class _Job:
         cfg = self.cfg
         torch.manual_seed(step_seed(cfg.seed, f"{self.step}/student"))       # what the student draws itself: dropout
         x, z_t = self.supervise(self.generator.manual_seed(step_seed(cfg.seed, self.step)))
-        with autocast(self.device, cfg.precision): z_s = self.student(x)
+        with autocast(self.device, cfg.precision): z_s = over_processes(self.student, x)
         return x, z_t, z_s, kd_loss(z_s, z_t, cfg.tau, cfg.scale_by_tau2) if cfg.loss == "kd" else pseudo_label_loss(z_s, z_t)
 
     def take_step(self):
@@ -217,7 +218,7 @@ class _Job:
         # a look at the loss makes a GPU wait, so there it is taken every 50 steps
         if self.device.type == "cpu" or len(self.unchecked) >= 50: self.check_finite()
         if cfg.schedule == "cosine": self._set_lr(cfg.lr * 0.5 * (1 + math.cos(math.pi * self.step / cfg.steps)))
-        self.opt.zero_grad(); loss.backward(); self.opt.step()
+        self.opt.zero_grad(); loss.backward(); sum_gradients(self.student.parameters()); self.opt.step()
         self.loss_sum += loss.detach(); self.loss_count += 1; self.step += 1
 
     def check_finite(self, weights=False):
@@ -244,17 +245,20 @@ class _Job:
     def evaluate(self, seconds):
         "Add a row to the history, step the plateau schedule, keep the best weights."
         self.check_finite(weights=True)
-        cfg = self.cfg
-        row = {"step": self.step, "images_seen": self.step * cfg.batch_size * (1 if cfg.pool_size else cfg.k)}
-        row |= {"loss": float(self.loss_sum) / max(1, self.loss_count), "lr": self.opt.param_groups[0]["lr"], "seconds": round(seconds, 3)}
-        if self.test_data is not None:
-            row |= {f"accuracy_{m}": a for m, a in evaluate_modes(self.student, *self.test_data, recal_images=self.recal_images).items()}
-        row |= {f"balance_{k}": balance(v) for k, v in self.supervise.tally.items() if v.sum() > 0}
+        cfg, row = self.cfg, current().on_first(lambda: self._row(seconds))
         self.history.append(row)
         if cfg.schedule == "plateau": self.plateau.step(row["loss"])
         if cfg.schedule == "plateau_on_test_accuracy": self.plateau.step(row["accuracy_cs"])
         self._keep_best(row)
         self.supervise.reset(); self.loss_sum.zero_(); self.loss_count = 0
+
+    def _row(self, seconds):
+        cfg = self.cfg
+        row = {"step": self.step, "images_seen": self.step * cfg.batch_size * (1 if cfg.pool_size else cfg.k)}
+        row |= {"loss": float(self.loss_sum) / max(1, self.loss_count), "lr": self.opt.param_groups[0]["lr"], "seconds": round(seconds, 3)}
+        if self.test_data is not None:
+            row |= {f"accuracy_{m}": a for m, a in evaluate_modes(self.student, *self.test_data, recal_images=self.recal_images).items()}
+        return row | {f"balance_{k}": balance(v) for k, v in self.supervise.tally.items() if v.sum() > 0}
 
     def _keep_best(self, row):
         by = "accuracy_cs" if self.test_data is not None else "loss"
@@ -318,7 +322,7 @@ def _check_test_data(test_data, recal_images, shape, num_classes, cfg):
     if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"test labels must be int64 in 0 … {num_classes - 1}, not {labels.dtype} in {labels.min().item()} … {labels.max().item()}")
 
-# %% ../nbs/09_distillation.ipynb #2c4c5e67
+# %% ../nbs/09_distillation.ipynb #5b255587
 @dataclass
 class DistillResult:
     "What `distill` returns; accuracies in percent by BN mode, `history` one row an evaluation, weights in `run_dir`."
@@ -346,12 +350,14 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
     `recal_images`: unlabelled images for the `recal` mode (default: the test images). `sampler`: a `Sampler` in place
     of `cfg.sampler` (needed for `ddg`, which takes the data's statistics). Returns a `DistillResult`. ValueError on
     what can't work; FloatingPointError names the step at which logits stopped being finite, and so does
-    nonfinite.json in `run_dir` (see `replay`); OSError says that the disk is full.
+    nonfinite.json in `run_dir` (see `replay`); OSError says that the disk is full. Inside `nskd.parallel.processes` all
+    processes call it with the same arguments, share every batch, and get the same result.
     Source: NormShift-KD, Eq. 1, Algorithm 2.
     """
     cfg = cfg or DistillConfig()
     if not isinstance(cfg, DistillConfig): raise ValueError(f"cfg must be a DistillConfig, not {type(cfg).__name__}: DistillConfig(**cfg) makes one of a dict")
     job, identity = _prepare(teacher, student, cfg, test_data, sampler, recal_images)
+    current().check_same({**identity, "run_dir": str(run_dir)})
     store = _Store(run_dir, identity, cfg)
     with store.held():
         store.check_same()
@@ -369,6 +375,7 @@ def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     student.to(device, memory_format=torch.channels_last)
     num_classes = _num_classes(frozen, student, shape, device)
     _check_test_data(test_data, recal_images, shape, num_classes, cfg)
+    check_rows(min(cfg.batch_size, cfg.pool_size or cfg.batch_size))
     cfg = _with_alpha(cfg, frozen, draw, device)
     if cfg.batch_size < num_classes:
         warnings.warn(f"a batch of {cfg.batch_size} can't hold all {num_classes} classes: rejection sampling balances over steps only", stacklevel=3)
@@ -381,10 +388,10 @@ def _with_alpha(cfg, teacher, draw, device):
     if cfg.alpha != "auto": return cfg
     if resolve_teacher_mode(teacher, cfg.teacher_mode) != "aligned": return cfg.replace(alpha=0.5)        # it has no part then
     g = torch.Generator(device).manual_seed(step_seed(cfg.seed, "alpha"))
-    return cfg.replace(alpha=pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g))
+    return cfg.replace(alpha=current().on_first(lambda: pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g)))
 
 # what a run depends on besides its networks and images: begun with another version it is another run
-_CODE = ("config", "norms", "samplers", "losses", "evaluation", "checkpoints", "distillation")
+_CODE = ("config", "norms", "samplers", "losses", "evaluation", "checkpoints", "parallel", "distillation")
 
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."
@@ -405,16 +412,16 @@ def _at_work(job):
 
 def _run(job, store, progress, desc):
     "Steps until done or out of budget; the state it ended in."
-    cfg, start, before = job.cfg, time.perf_counter(), store.resume(job)
+    cfg, start, before, group = job.cfg, time.perf_counter(), store.resume(job), current()
     spent = lambda: time.perf_counter() - start
     with (store.guarding(job), _at_work(job),
-          tqdm(total=cfg.steps, initial=job.step, desc=desc or "distil", leave=False, disable=not progress, mininterval=0.5, unit="step") as bar):
+          tqdm(total=cfg.steps, initial=job.step, desc=desc or "distil", leave=False, disable=not (progress and group.first), mininterval=0.5, unit="step") as bar):
         while job.step < cfg.steps:
             job.take_step()
             if job.step % cfg.eval_every == 0 or job.step == cfg.steps:
                 job.evaluate(before + spent())
                 bar.set_postfix(loss=f"{job.history[-1]['loss']:.3f}", acc=f"{job.history[-1].get('accuracy_cs', math.nan):.1f}", refresh=False)
-            over = cfg.budget_seconds is not None and spent() >= cfg.budget_seconds and job.step < cfg.steps
+            over = cfg.budget_seconds is not None and job.step < cfg.steps and group.on_first(lambda: spent() >= cfg.budget_seconds)
             if over or (job.step % cfg.checkpoint_every == 0 and job.step < cfg.steps):
                 job.check_finite(weights=True)
                 job.seconds = before + spent()
@@ -424,21 +431,30 @@ def _run(job, store, progress, desc):
     job.seconds = before + spent()
     return "finished"
 
-# %% ../nbs/09_distillation.ipynb #493971c3
+# %% ../nbs/09_distillation.ipynb #7ed985c7
 class _Store:
-    "The run directory: what is written there, and what is found there. Without a directory, nothing."
+    """The run directory: what is written there, and what is found there. Without a directory, nothing.
+
+    Of several processes the first one has it; what it finds there goes to all, and so does what is wrong with it.
+    """
     def __init__(self, run_dir, identity, cfg):
-        self.dir, self.identity, self.written = Path(run_dir) if run_dir else None, identity, False
-        if self.dir and self.dir.exists() and not self.dir.is_dir(): raise ValueError(f"run_dir must be a folder, and {self.dir} is a file")
+        self.group, self.kept = current(), bool(run_dir)
+        self.dir, self.identity, self.written = Path(run_dir) if run_dir and self.group.first else None, identity, False
+        self.group.on_first(self._check_folder)
         self.checkpoints = self.dir and Checkpoints(self.dir, cfg.checkpoint_part_mb)
         self.left = None                           # the student's weights in the newest checkpoint
         self.record = None                         # of a finished run, once looked at
 
+    def _check_folder(self):
+        if self.dir and self.dir.exists() and not self.dir.is_dir(): raise ValueError(f"run_dir must be a folder, and {self.dir} is a file")
+
     def held(self):
         "No other process works in the directory meanwhile."
-        return held(self.dir) if self.dir else nullcontext()
+        return self.group.held_by_first(lambda: held(self.dir)) if self.kept else nullcontext()
 
-    def check_same(self):
+    def check_same(self): self.group.on_first(self._check_same)
+
+    def _check_same(self):
         "ValueError with the first difference when the directory holds another run; a student may also be where that run left it."
         if not self.dir or not (self.dir / "distill.json").exists(): return
         self.record = finished_record(self.dir, ("student.safetensors", "best.safetensors"), "result.json")
@@ -457,6 +473,11 @@ class _Store:
                 yield tensors_key({k.removeprefix("student/"): v for k, v in found[1].items() if k.startswith("student/")})
 
     def finished(self, job):
+        state = self.group.on_first(lambda: self._finished(job))
+        if state: self._spread(job)
+        return state
+
+    def _finished(self, job):
         if not (record := self.record): return None
         self.checkpoints.clear()                   # left where a run died as its last act
         job.student.load_state_dict(load_tensors(self.dir / "student.safetensors"))
@@ -465,15 +486,26 @@ class _Store:
         return "finished"
 
     def resume(self, job):
-        if self.dir:
-            if found := self.checkpoints.load(): job.restore(*found[1:])
-            write_json(self.dir / "distill.json", self.identity)
+        if self.kept:
+            self.group.on_first(lambda: self._resume(job))
+            self._spread(job)
             self._remember(job)
         return job.seconds
 
+    def _resume(self, job):
+        if found := self.checkpoints.load(): job.restore(*found[1:])
+        write_json(self.dir / "distill.json", self.identity)
+
+    def _spread(self, job):
+        "The first process's job, if it has begun, to all."
+        if self.group.size == 1: return
+        found = self.group.on_first(lambda: ({k: v.cpu() for k, v in job.tensors().items()}, job.meta()) if job.step else None)
+        if found and not self.group.first: job.restore(*found)
+
     def save(self, job):
-        if not self.dir: return
-        self.checkpoints.save(job.step, job.tensors(), job.meta())
+        if not self.kept: return
+        if self.group.size > 1: self.group.check_same({"student": tensors_key(job.student.state_dict())})
+        self.group.on_first(lambda: self.checkpoints.save(job.step, job.tensors(), job.meta()))
         self._remember(job)
 
     def _remember(self, job): self.left = {k: v.detach().clone() for k, v in job.student.state_dict().items()}
@@ -483,7 +515,7 @@ class _Store:
         "Whatever ends the run early leaves the student as the newest checkpoint has it; numbers that aren't finite leave a note."
         try: yield
         except BaseException as e:
-            if self.dir: job.student.load_state_dict(self.left)
+            if self.left: job.student.load_state_dict(self.left)
             if self.dir and job.bad_step is not None: self._note(job, e)
             raise
 
@@ -500,7 +532,7 @@ class _Store:
         if judged and best: best["accuracy"] = {m: best[f"accuracy_{m}"] for m in ("cs", "rs", "recal")}
         result = DistillResult(job.student.eval(), history, accuracy, best, state, ledger, round(job.seconds, 3), self.dir, job.best_state, self.identity["alpha"],
                                job.step)
-        if self.dir and state == "finished" and not self.written: self._finish(job, result)
+        self.group.on_first(lambda: self._finish(job, result) if self.dir and state == "finished" and not self.written else None)
         return result
 
     def _finish(self, job, result):
@@ -509,10 +541,11 @@ class _Store:
         write_bytes(self.dir / "history.csv", result.history.to_csv(index=False).encode())
         write_json(self.dir / "ledger.json", result.ledger)
         sums = {f: file_sha256(self.dir / f) for f in ("student.safetensors", "best.safetensors")}
-        write_json(self.dir / "result.json", {**result.summary(), "history": job.history, "best": job.best, "provenance": provenance(job.device), "sha256": sums})
+        write_json(self.dir / "result.json", {**result.summary(), "history": job.history, "best": job.best, "sha256": sums,
+                                              "provenance": {**provenance(job.device), "processes": self.group.size}})
         self.checkpoints.clear()
 
-# %% ../nbs/09_distillation.ipynb #f99871c0
+# %% ../nbs/09_distillation.ipynb #689fe3d8
 @dataclass
 class Replay:
     "A step again: its batch, both networks' logits (B, classes), the loss; `student` as it was before it; `start`: the step replayed from."
@@ -533,6 +566,7 @@ def replay(run_dir, step, teacher, student, sampler=None, test_data=None):
     looks at it. The same bits on the same machine with as many threads. ValueError where something is another than the
     run's, and while a process works in `run_dir`; nothing is written.
     """
+    if current().size > 1: raise ValueError("a replay is for one process: call it outside of nskd.parallel.processes")
     run_dir = Path(run_dir)
     if not (run_dir / "distill.json").exists(): raise ValueError(f"{run_dir} holds no run: there is no distill.json in it")
     there = read_json(run_dir / "distill.json")

@@ -31,7 +31,7 @@ from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here
 
-# %% ../nbs/11a_experiments.ipynb #5efd7ea2
+# %% ../nbs/11a_experiments.ipynb #df83d9c9
 def cell_teacher(cell, ds, budget_seconds=None):
     "The teacher of `cell`, trained or from the cache; `budget_seconds` as in `train_teacher`."
     recipe = teacher_recipe(ds, cell.teacher)
@@ -72,7 +72,7 @@ def distil_cell(cell, progress=False, budget_seconds=None):
     return flat_record(cell, teacher.record, cached("distil", config, make, label=label, files=["run/student.safetensors"], device=device))
 
 # what every student depends on: a change there makes it a new one (its teacher has a key of its own)
-_CODE = ("config", "data", "image_files", "norms", "models", "samplers", "losses", "evaluation", "checkpoints", "distillation",
+_CODE = ("config", "data", "image_files", "norms", "models", "samplers", "losses", "evaluation", "checkpoints", "parallel", "distillation",
          "experiments.distil_cell", "experiments.cell_sampler", "experiments.new_student")
 
 def cell_sampler(cell, ds):

@@ -6,7 +6,7 @@
 __all__ = ['norm_kinds', 'bn_mode', 'BatchAligned', 'align_batch', 'set_alpha', 'unalign', 'resolve_teacher_mode',
            'teacher_context', 'group_count', 'make_norm', 'replace_norm']
 
-# %% ../nbs/02_norms.ipynb #c68e8f1e
+# %% ../nbs/02_norms.ipynb #95ee2525
 from collections import Counter
 from contextlib import contextmanager
 from numbers import Real
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import one_of
+from .parallel import sharing, whole_moments
 
 # %% ../nbs/02_norms.ipynb #99696cf4
 def norm_kinds(net):
@@ -61,7 +62,7 @@ def bn_mode(net, mode):
         for m, flag in tracking: m.track_running_stats = flag
         for m, flag in training: m.training = flag
 
-# %% ../nbs/02_norms.ipynb #8ff0ecad
+# %% ../nbs/02_norms.ipynb #4401f895
 class BatchAligned(nn.Module):
     """A LayerNorm or GroupNorm with batch alignment of strength `alpha` in [0, 1] before its affine map.
 
@@ -76,7 +77,7 @@ class BatchAligned(nn.Module):
         self.register_forward_pre_hook(_no_change)
 
     def forward(self, x):
-        if self.alpha == 0 or x.shape[0] == 1: return self.norm(x)
+        if self.alpha == 0 or (x.shape[0] == 1 and not sharing()): return self.norm(x)
         z = _in_closed_form(self.norm, x, self.alpha) if _has_closed_form(self.norm, x) else _as_written(self.norm, x, self.alpha)
         for name in ("drop", "act"):                # timm fuses an activation into some of its norm layers
             if isinstance(getattr(self.norm, name, None), nn.Module): z = getattr(self.norm, name)(z)
@@ -99,7 +100,7 @@ def _check_alpha(alpha):
         raise ValueError(f"alpha is a blend factor between 0 and 1, not {alpha!r}")
     return float(alpha)
 
-# %% ../nbs/02_norms.ipynb #bd426566
+# %% ../nbs/02_norms.ipynb #1f042bb3
 def _is_nchw_layer_norm(norm):
     # torchvision's and timm's LayerNorm2d take NCHW but normalise over C: the name is all that tells them apart
     return isinstance(norm, nn.LayerNorm) and "2d" in type(norm).__name__.lower()
@@ -135,8 +136,9 @@ def _channel_moments(z, axis, eps):
     channels = z.shape[axis]
     flat = (z if axis == 1 else z.reshape(-1, channels) if axis == z.dim() - 1 else z.movedim(axis, 1))
     flat = flat.to(torch.promote_types(z.dtype, torch.float32))
-    if torch.is_grad_enabled() and flat.requires_grad:          # an aligned student: the statistics carry gradients too
+    if sharing() or torch.is_grad_enabled() and flat.requires_grad:     # an aligned student: the statistics carry gradients too
         var, mean = torch.var_mean(flat, [d for d in range(flat.dim()) if d != 1], correction=0)
+        mean, var, _ = whole_moments(mean, var, flat.numel() // channels)       # of the batch that several processes share
         return mean, torch.rsqrt(var + eps)
     # the batch-norm kernel's own statistics: on a CPU several times faster than var_mean, but without gradient
     return torch.native_batch_norm(flat, None, None, None, None, True, 0.0, eps)[1:]
@@ -146,9 +148,10 @@ def _shaped(p, z, axis):
     if p is None or p.dim() > 1: return p
     return p.view([-1 if d == axis else 1 for d in range(z.dim())])
 
-# %% ../nbs/02_norms.ipynb #ea6c9b58
+# %% ../nbs/02_norms.ipynb #3eef2b08
 def _has_closed_form(norm, x):
-    "Whether the closed form is there (a GroupNorm that nobody differentiates) and faster (measured: on a CPU from 32x32 positions)."
+    "Whether the closed form is there (a GroupNorm, a batch of one process, no gradient) and faster (measured: on a CPU from 32x32 positions)."
+    if sharing(): return False
     frozen = not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in norm.parameters()))
     return type(norm).forward is nn.GroupNorm.forward and frozen and (x.dim() > 2 if x.is_cuda else x[0, 0].numel() >= 1024)
 
