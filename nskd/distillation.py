@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult', 'distill', 'Replay',
            'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #b5486f9d
+# %% ../nbs/09_distillation.ipynb #cf070297
 import copy, hashlib, json, math, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, pseudo_label_loss
 from .norms import _check_alpha, resolve_teacher_mode, teacher_context
-from .runs import (file_sha256, finished_record, held, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
+from .runs import (file_sha256, finished_record, held, lasting, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
                        write_bytes, write_json)
 from .samplers import BalancedPool, create_sampler
 from .teachers import train_teacher
@@ -418,7 +418,7 @@ def _run(job, store, progress, desc):
     job.seconds = before + spent()
     return "finished"
 
-# %% ../nbs/09_distillation.ipynb #fe63a0c3
+# %% ../nbs/09_distillation.ipynb #e96bf079
 class _Store:
     "The run directory: what is written there, and what is found there. Without a directory, nothing."
     def __init__(self, run_dir, identity, cfg):
@@ -439,7 +439,7 @@ class _Store:
         there = read_json(self.dir / "distill.json")
         if self.identity["student"] != there.get("student") and self.identity["student"] in self._students_left(): self.identity = {**self.identity, "student": there.get("student")}
         for k, here in json.loads(json.dumps(self.identity)).items():
-            if there.get(k) != here:
+            if there.get(k, here if lasting() else None) != here:              # a field that is newer than a lasting run
                 raise ValueError(f"{self.dir} holds a run with another {k} ({there.get(k)!r} there, {here!r} here): choose another run_dir, or delete that one")
 
     def _students_left(self):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'mean_se', 'interval', 'judge', 'per_seed', 'table_claims', 'context_gap', 'accuracy_table',
-           'modes_table', 'beside', 'claims_table', 'styled', 'markdown_table', 'markdown_claims', 'write_results',
-           'publish', 'read_table', 'newest_summary']
+           'modes_table', 'beside', 'claims_table', 'styled', 'markdown_table', 'markdown_claims', 'results_dir',
+           'write_results', 'publish', 'read_table', 'newest_summary']
 
-# %% ../nbs/11b_reporting.ipynb #050a84a6
+# %% ../nbs/11b_reporting.ipynb #b906f9f5
 import os, re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -198,7 +199,11 @@ def markdown_claims(claims):
     rows = [(f"**{r.verdict}**", r.claim, r[3]) for r in claims_table(claims).itertuples()]
     return "\n".join("| " + " | ".join(r) + " |" for r in [("verdict", "claim", "mean [95 % interval]"), ("---",) * 3, *rows])
 
-# %% ../nbs/11b_reporting.ipynb #cec728cc
+# %% ../nbs/11b_reporting.ipynb #6eaeaee8
+def results_dir():
+    "Where `write_results` puts a table's folder: `$NSKD_RESULTS` (jobs of a grid, see `nskd.grid`), or `outputs_dir()`."
+    return Path(os.environ.get("NSKD_RESULTS") or outputs_dir())
+
 def write_results(name, parameters, records, table, claims, figure=None):
     """Write a table's results to outputs/<name>/ (digits) or outputs/<name>-<dataset>/; a DataFrame of files and what they hold.
 
@@ -207,7 +212,7 @@ def write_results(name, parameters, records, table, claims, figure=None):
     """
     dataset = getattr(parameters, "dataset", "digits")
     if not dataset.startswith("digits"): name = f"{name}-{re.sub('[^A-Za-z0-9]+', '-', os.path.basename(dataset)).strip('-')}"
-    directory = outputs_dir() / name
+    directory = results_dir() / name
     tidy = records
     if "directory" in records: tidy = records.assign(directory=[os.path.relpath(d, outputs_dir()) for d in records.directory])
     write_bytes(directory / "records.csv", tidy.round(4).to_csv(index=False).encode())

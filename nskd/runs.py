@@ -6,7 +6,8 @@
 __all__ = ['LEDGER_PLACES', 'VERDICTS', 'repo_root', 'outputs_dir', 'full_disk_said', 'write_synced', 'sync_folder',
            'write_bytes', 'set_aside', 'file_sha256', 'write_json', 'read_json', 'save_tensors', 'load_tensors',
            'read_meta', 'content_key', 'tensors_key', 'code_key', 'versions', 'provenance', 'Unfinished', 'held',
-           'run_dir', 'cached', 'finished_record', 'replay', 'make_ledger', 'claim', 'Explanation', 'explain']
+           'run_dir', 'lasting_runs', 'lasting', 'cached', 'finished_record', 'replay', 'make_ledger', 'claim',
+           'Explanation', 'explain']
 
 # %% ../nbs/07_runs.ipynb #6034e2e1
 import ast, csv, errno, hashlib, importlib, json, math, os, platform, re, shlex, subprocess, sys, time, warnings
@@ -195,9 +196,10 @@ def _cpuinfo():
     try: return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError: return []
 
-# %% ../nbs/07_runs.ipynb #285af640
+# %% ../nbs/07_runs.ipynb #6688647a
 class Unfinished(Exception):
-    "Time ran out before the result was there; what was done is kept, and the next call goes on. The message says how far it got."
+    "Time ran out before the result was there; what was done is kept, and the next call goes on. The message says how far it got, `directory` (where known) where."
+    directory = None
 
 @contextmanager
 def held(directory, wait=True):
@@ -225,21 +227,56 @@ def run_dir(kind, config, label=""):
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
     return outputs_dir() / kind / "-".join(filter(None, (slug, content_key(config))))
 
+# of a run's configuration, what says by what it is made and not what was asked for
+_MADE_BY = ("code", "versions", "threads", "device", "precision")
+
+@contextmanager
+def lasting_runs():
+    """Inside, in this process and those it starts, a run counts as the one that was begun for the same, whatever made it or a part of it.
+
+    For runs that outlive versions: a `cached` run is found by what was asked, without code, versions, threads, device and
+    precision; a field that did not exist when it was begun has no part. Who made which part must be recorded elsewhere (`nskd.slices` does).
+    """
+    before = os.environ.get("NSKD_LASTING")
+    os.environ["NSKD_LASTING"] = "1"
+    try: yield
+    finally: os.environ.pop("NSKD_LASTING") if before is None else os.environ.__setitem__("NSKD_LASTING", before)
+
+def lasting():
+    "Whether this is inside `lasting_runs`, or $NSKD_LASTING is set."
+    return bool(os.environ.get("NSKD_LASTING"))
+
+def _asked_the_same(there, here):
+    if not (isinstance(there, dict) and isinstance(here, dict)): return there == here
+    return all(_asked_the_same(there[k], here[k]) for k in there.keys() & here.keys() - set(_MADE_BY))
+
+def _begun_before(kind, config, label):
+    "The directory of a run that asked for the same, or the run's own."
+    own = run_dir(kind, config, label)
+    if own.exists() or not lasting(): return own
+    name = own.name.rpartition("-")[0]
+    for there in sorted(p for p in own.parent.glob(f"{name}*") if re.fullmatch(re.escape(name) + "-?[0-9a-f]{16}", p.name) and (p / "params.json").exists()):
+        if _asked_the_same(read_json(there / "params.json"), _plain(config)): return there
+    return own
+
 def cached(kind, config, make, label="", files=(), device="cpu"):
     """The record of a run, made at most once: `make(directory)` is called unless a finished one is found.
 
     `config`: JSON-like, everything that the result depends on. `make` writes its files into `directory` and returns a
     JSON-like record; the record returned here has `directory` and `cached` (bool) added. An unfinished directory, or one
     that lacks one of `files` or has it with other bytes than were written, is handed to `make` as it is, so that it may
-    resume. `make` may raise `Unfinished`: nothing is done then. `device` is noted in the provenance.
+    resume. `make` may raise `Unfinished`: nothing is done then. `device` is noted in the provenance. See also `lasting_runs`.
     """
-    directory = run_dir(kind, config, label)
+    directory = _begun_before(kind, config, label)
     with held(directory):
         record = finished_record(directory, files)
         if record is not None: return {**record, "directory": str(directory), "cached": True}
-        write_json(directory / "params.json", config)
+        if not (lasting() and (directory / "params.json").exists()): write_json(directory / "params.json", config)
         began, start = provenance(device), time.perf_counter()
-        record = make(directory)
+        try: record = make(directory)
+        except Unfinished as e:
+            e.directory = directory
+            raise
         write_json(directory / "provenance.json", {**began, "seconds": round(time.perf_counter() - start, 3), "argv": sys.argv})
         write_json(directory / "done.json", {**record, "sha256": {f: file_sha256(directory / f) for f in files}})
     return {**_plain(record), "directory": str(directory), "cached": False}
