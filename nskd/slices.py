@@ -6,7 +6,7 @@
 __all__ = ['Job', 'Queue', 'read_queue', 'queue_cells', 'read_log', 'run_slice', 'queue_status', 'status_text', 'publish_queue',
            'queue_summary']
 
-# %% ../nbs/24_slices.ipynb #c31393e2
+# %% ../nbs/24_slices.ipynb #7661c99d
 import itertools, re, time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field
 
 from .checkpoints import Checkpoints
-from .config import Config, first_line, one_of, unknown_name
+from .config import Config, first_line, one_of, pick_device, unknown_name
 from .data import load_dataset
 from .experiments import cell_teacher, distil_cell
 from .parameters import METHODS, TableParameters, TeacherCell
@@ -114,7 +114,7 @@ def _label(cell):
     at = f"@{cell.options['alpha']:g}" if cell.norm != "bn" and cell.method == "normshift" else ""
     return f"{cell.teacher}-{cell.norm}-{cell.student}-{cell.method}{at}-{cell.seed}"
 
-# %% ../nbs/24_slices.ipynb #fb5d37be
+# %% ../nbs/24_slices.ipynb #5c659083
 def read_log(queue):
     "What has been done of `queue`: entries by label, see `run_slice`."
     path = queue.folder() / "log.json"
@@ -151,9 +151,7 @@ def _work(cell, before, seconds):
             **{k: made[k] for k in ("device", "commit", "uncommitted_changes", "versions", "machine")}}
     return {**entry, "slices": before.get("slices", []) + [part]}
 
-def _device(cell):
-    from nskd.config import pick_device
-    return pick_device(cell.options.get("device", "auto"))
+def _device(cell): return pick_device(cell.options.get("device", "auto"))
 
 def _finished(cell, record):
     directory = Path(record["directory"])
