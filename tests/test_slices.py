@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 
 # what is there, and what has to be carried (nbs/24b_parcels.ipynb)
 THERE = ("torch", "torchvision", "timm", "scipy", "pandas", "matplotlib")
-CARRIED = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
+CARRIED = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection", "seaborn"}
 
 # Every import of a package that is neither the standard library's nor allowed fails, as it would there.
 BARE = """
@@ -73,7 +73,7 @@ def slice_(repo, queue, there):
     return run(repo, queue, json.dumps(sorted(there | CARRIED)), "run", queue, "--seconds", 600, before=("-c", BARE))
 
 
-def test_a_slice_needs_nothing_but_what_is_there_and_four_carried_packages(slice_, there):
+def test_a_slice_needs_nothing_but_what_is_there_and_five_carried_packages(slice_, there):
     assert slice_.returncode == 0, slice_.stderr[-3000:]
     imported = set(json.loads(slice_.stdout.rpartition("imported ")[2]))
     assert imported - there == CARRIED, "the list in nbs/24b_parcels.ipynb is another"
