@@ -4,6 +4,10 @@ TEACHER ?= wrn28
 ARGS    ?=
 OUT     ?=
 WORKERS ?= 2
+GRID    ?= params/grid/table2.yaml
+JOBS    ?= 2
+QUEUE   ?= params/queue/cifar10.yaml
+SLICE   ?= 560
 
 BIN   := .venv/bin
 READY := .venv/.ok
@@ -29,7 +33,7 @@ define papermill
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help table2 table4 tables test fuzz lab export readme clean distclean
+.PHONY: help table2 table4 tables grid slice test fuzz lab export readme clean distclean
 .PHONY: $(NOTEBOOKS) $(STUDIES)
 
 help: ## list the targets
@@ -58,6 +62,12 @@ tables: $(READY) ## run every table and figure, one after the other, then the le
 	done; \
 	echo "all: $$(($$(date +%s) - began)) s"; \
 	if [ "$$failed" ]; then echo "error: failed:$$failed" >&2; exit 1; fi
+
+grid: $(READY) ## run a grid of cells with Snakemake: GRID=params/grid/table2.yaml, JOBS=2 side by side, ARGS="more for snakemake"
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake -s params/Snakefile --config grid='$(GRID)' --cores $(JOBS) --keep-going --rerun-incomplete $(ARGS)
+
+slice: $(READY) ## work on a queue of long runs for SLICE=560 seconds, and say what is left: QUEUE=params/queue/cifar10.yaml
+	$(BIN)/python -m nskd.parcels run '$(QUEUE)' --seconds $(SLICE)
 
 test: $(READY) ## run the notebooks as tests, then pytest (ARGS="more for pytest"), WORKERS=2 at a time; either one failing fails it
 	@status=0; \

@@ -53,7 +53,7 @@ def join_parts(parts, shapes):
             else: whole[key] = t
     return whole | {name: torch.cat([t for _, t in sorted(found, key=lambda p: p[0])]).reshape(shapes[name]) for name, found in pieces.items()}
 
-# %% ../nbs/07b_checkpoints.ipynb #eff8f37e
+# %% ../nbs/07b_checkpoints.ipynb #106826e6
 class Checkpoints:
     """The checkpoints of a run, in `directory`/checkpoints/<step>/: manifest.json, part-0000.safetensors, …
 
@@ -97,6 +97,12 @@ class Checkpoints:
             try: return step, *_read(self.place(step))
             except ValueError as e: why = e
             set_aside(self.place(step), why, f"the one of step {steps[-1]} is taken" if steps else "there is none before it")
+
+    def newest_meta(self):
+        "The `meta` of the newest checkpoint, from its manifest alone; None without a checkpoint or with a damaged one."
+        steps = self.steps()
+        try: return json.loads(json.loads((self.place(steps[-1]) / "manifest.json").read_bytes())["manifest"])["meta"] if steps else None
+        except (OSError, ValueError, KeyError, TypeError): return None
 
     def clear(self):
         "Remove all checkpoints but what was set aside."

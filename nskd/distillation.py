@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult', 'distill', 'Replay',
            'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #be7d611d
+# %% ../nbs/09_distillation.ipynb #a887348d
 import copy, hashlib, json, math, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from .evaluation import evaluate_modes
 from .losses import kd_loss, pseudo_label_loss
 from .norms import _check_alpha, resolve_teacher_mode, teacher_context
 from .parallel import check_rows, current, over_processes, sum_gradients
-from .runs import (code_key, file_sha256, finished_record, held, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
+from .runs import (MADE_BY, code_key, file_sha256, finished_record, held, lasting, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
                        write_bytes, write_json)
 from .samplers import BalancedPool, create_sampler
 from .teachers import train_teacher
@@ -431,7 +431,7 @@ def _run(job, store, progress, desc):
     job.seconds = before + spent()
     return "finished"
 
-# %% ../nbs/09_distillation.ipynb #7ed985c7
+# %% ../nbs/09_distillation.ipynb #46307ab2
 class _Store:
     """The run directory: what is written there, and what is found there. Without a directory, nothing.
 
@@ -461,7 +461,9 @@ class _Store:
         there = read_json(self.dir / "distill.json")
         if self.identity["student"] != there.get("student") and self.identity["student"] in self._students_left(): self.identity = {**self.identity, "student": there.get("student")}
         for k, here in json.loads(json.dumps(self.identity)).items():
-            if k == "code" and there.get(k) != here: raise ValueError(f"{self.dir} holds a run of another version of nskd, whose numbers may be others: choose another run_dir, or delete that one")
+            if k == "code" and there.get(k) != here and not lasting(): raise ValueError(f"{self.dir} holds a run of another version of nskd, whose numbers may be others: choose another run_dir, or delete that one")
+            # a lasting run may have been begun by another version, and before a field was there
+            if lasting() and (k in MADE_BY or k not in there): continue
             if there.get(k) != here:
                 raise ValueError(f"{self.dir} holds a run with another {k} ({there.get(k)!r} there, {here!r} here): choose another run_dir, or delete that one")
 

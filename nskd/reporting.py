@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'mean_se', 'interval', 'judge', 'per_seed', 'table_claims', 'context_gap', 'accuracy_table',
            'modes_table', 'beside', 'so_far', 'claims_table', 'styled', 'markdown_table', 'markdown_claims',
-           'write_results', 'publish', 'read_table', 'newest_summary']
+           'results_dir', 'write_results', 'publish', 'read_table', 'newest_summary']
 
-# %% ../nbs/11b_reporting.ipynb #5bc03d3e
+# %% ../nbs/11b_reporting.ipynb #916dac9c
 import os, re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -115,7 +116,7 @@ def context_gap(cells, norm="ln", n=64):
         gaps += [(z - answers[0]).abs().max().item() for z in answers[1:]]
     return max(gaps, default=None)
 
-# %% ../nbs/11b_reporting.ipynb #8ac32e6c
+# %% ../nbs/11b_reporting.ipynb #00cbeb61
 def _pair(teacher, student):
     return f"{NAMES.get(teacher, teacher)} → {NAMES.get(student, student)}"
 
@@ -159,8 +160,12 @@ def beside(measured, paper=None):
 
 def so_far(claims, p):
     "`claims` of a notebook with parameters `p`; when its budget ended before all was there, none is decided, and each says so."
-    if not (lacks := p.budget.lacks): return claims
+    if not (lacks := _lacks(p)): return claims
     return [{**c, "verdict": "inconclusive", "evidence": {"unfinished": f"({len(lacks)} networks are not there yet): nothing is judged on what there is"}} for c in claims]
+
+def _lacks(p):
+    "What the budget of parameters `p` had no time for; nothing for a notebook that trains nothing."
+    return p.budget.lacks if hasattr(p, "budget") else []
 
 def claims_table(claims, p=None):
     "Claims as a DataFrame to look at: verdict, statement, and the interval that decided; `so_far` for a notebook's parameters `p`."
@@ -202,7 +207,11 @@ def markdown_claims(claims):
     rows = [(f"**{r.verdict}**", r.claim, r[3]) for r in claims_table(claims).itertuples()]
     return "\n".join("| " + " | ".join(r) + " |" for r in [("verdict", "claim", "mean [95 % interval]"), ("---",) * 3, *rows])
 
-# %% ../nbs/11b_reporting.ipynb #e3ff935e
+# %% ../nbs/11b_reporting.ipynb #0806f8e2
+def results_dir():
+    "Where `write_results` puts a table's folder: `$NSKD_RESULTS` (jobs of a grid, see `nskd.grid`), or `outputs_dir()`."
+    return Path(os.environ.get("NSKD_RESULTS") or outputs_dir())
+
 def write_results(name, parameters, records, table, claims, figure=None):
     """Write a table's results to outputs/<name>/ (digits) or outputs/<name>-<dataset>/; a DataFrame of files and what they hold.
 
@@ -211,8 +220,8 @@ def write_results(name, parameters, records, table, claims, figure=None):
     """
     dataset = getattr(parameters, "dataset", "digits")
     if not dataset.startswith("digits"): name = f"{name}-{re.sub('[^A-Za-z0-9]+', '-', os.path.basename(dataset)).strip('-')}"
-    directory = outputs_dir() / name
-    claims, lacks, tidy = so_far(claims, parameters), parameters.budget.lacks, records
+    directory = results_dir() / name
+    claims, lacks, tidy = so_far(claims, parameters), _lacks(parameters), records
     if "directory" in records: tidy = records.assign(directory=[os.path.relpath(d, outputs_dir()) if isinstance(d, str) else d for d in records.directory])
     write_bytes(directory / "records.csv", tidy.round(4).to_csv(index=False).encode())
     write_bytes(directory / "table.csv", table.to_csv().encode())
