@@ -6,7 +6,7 @@
 __all__ = ['Job', 'Queue', 'read_queue', 'queue_cells', 'read_log', 'run_slice', 'queue_status', 'status_text', 'publish_queue',
            'queue_summary']
 
-# %% ../nbs/24_slices.ipynb #7661c99d
+# %% ../nbs/24_slices.ipynb #6df1684f
 import itertools, re, time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +20,7 @@ from .checkpoints import Checkpoints
 from .config import Config, first_line, one_of, pick_device, unknown_name
 from .data import load_dataset
 from .experiments import cell_teacher, distil_cell
+from .models import list_models
 from .parameters import METHODS, TableParameters, TeacherCell
 from .runs import Unfinished, lasting_runs, outputs_dir, provenance, read_json, repo_root, write_bytes, write_json
 from .sweeps import AlphaSweep
@@ -59,7 +60,7 @@ def read_queue(path):
     queue_cells(queue)
     return queue
 
-# %% ../nbs/24_slices.ipynb #0c83bc70
+# %% ../nbs/24_slices.ipynb #b4f065e2
 def _parameters(queue, job):
     "The checked parameters of the table of `job`, and what `distill` is told besides."
     one_of(job.table, _TABLES, "table")
@@ -102,6 +103,7 @@ def _teacher(p, job, seed):
     return TeacherCell(teacher=p.teacher, norm=job.norm, seed=seed, dataset=p.dataset, teacher_width=p.width_of(p.teacher), teacher_epochs=p.teacher_epochs, options={"device": p.device})
 
 def _student(p, job, part, seed, student, method, alpha):
+    one_of(student, list_models(), "student")
     one_of(method, METHODS, "method")
     fields = {"ddg_pool": p.ddg_pool} if hasattr(p, "ddg_pool") else {}
     cell = p.cell(seed, p.teacher, student, job.norm, method, options={**part, **({} if alpha is None else {"alpha": alpha})}, **fields)
