@@ -20,8 +20,8 @@ unexport JUPYTER_PATH
 
 # All tables and figures, the ledger of claims last: it reads what the others leave.
 NOTEBOOKS := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/figure*.ipynb nbs/table*.ipynb nbs/protocol.ipynb nbs/theory.ipynb))) claims
-# Ours, for those who want to use the method: run by name, not by `make tables`.
-STUDIES := track_record deployment
+# Ours, for those who want to use the method, and on its speed: run by name, not by `make tables`.
+STUDIES := track_record deployment benchmark precision
 # A recipe line with $(MAKE) itself would run under `make -n` too.
 AGAIN := $(MAKE)
 

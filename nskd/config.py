@@ -58,7 +58,7 @@ def _one_sentence(error):
     if first["type"] == "value_error": return message.removeprefix("Value error, ")
     return f"{field}: {message.removeprefix('Input ')[0].lower()}{message.removeprefix('Input ')[1:]}, not {given!r}"
 
-# %% ../nbs/00b_config.ipynb #ac61bf8a
+# %% ../nbs/00b_config.ipynb #4eb988cd
 def pick_device(device):
     "`device` as a torch.device; `auto` is the first GPU, else the CPU. ValueError for one that is not there."
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +76,7 @@ def pick_precision(precision, device):
 
 def pick_teacher_precision(precision, device):
     "As `pick_precision`, for a frozen network that is only asked: `auto` is bf16 on CPUs with AVX512-BF16 or AMX too."
-    # a student that is trained in bf16 on a CPU is not the same student (nbs/benchmark.ipynb), one that is taught in bf16 is
+    # a student that is trained in bf16 on a CPU may be another student, one that is taught in bf16 is not (nbs/precision.ipynb)
     return "bf16" if precision == "auto" and _computes_bf16(device.type) else pick_precision(precision, device)
 
 @cache

@@ -1,4 +1,4 @@
-"""The benchmark's notebook and command, as a user runs them. What they measure is not judged here: a test's machine is busy."""
+"""The notebooks on speed and precision, and the benchmark's command, as a user runs them. What they measure is not judged here: a test's machine is busy."""
 import json, subprocess, sys
 
 import pandas as pd
@@ -10,12 +10,13 @@ from nskd.experiments import check_parameters
 from nskd.samplers import rejection_sample
 from test_tables import check_smoke_results
 
-CLAIMS = {"benchmark": 5}
+CLAIMS = {"benchmark": 5, "precision": 2}
 
 
 def test_smoke_run_leaves_its_results(smoke):
     base, done = smoke
     check_smoke_results(base, done, "benchmark", 5)
+    check_smoke_results(base, done, "precision", 2)
     records = pd.read_csv(base/"benchmark/records.csv")
     assert (records.ratio > 0).all() and (records.roofline_fraction > 0).all() and (records.peak_mb_ours > 50).all()
 
