@@ -54,7 +54,7 @@ class AttentionJob(Config):
 
     def width(self): return self.p.width_of(self.model)
 
-# %% ../nbs/15b_attention_runs.ipynb #c3ee716f
+# %% ../nbs/15b_attention_runs.ipynb #adc072b4
 def _network(job, ds, budget_seconds):
     "The network of a job: trained here, or timm's own weights."
     p = job.p
@@ -94,7 +94,7 @@ def measure_attention(job, budget_seconds=None):
     return {**record, "accuracy": net.record["accuracy"]["rs"], "seconds": net.record["seconds"]}
 
 # what a measurement depends on (its network has a key of its own)
-_CODE = ("config", "data", "image_files", "models", "norms", "attention", "samplers", "attention_runs")
+_CODE = ("config", "data", "image_files", "models", "norms", "parallel", "attention", "samplers", "attention_runs")
 
 def _inputs(job, ds, net):
     "The same number of real and of noise images, in the network's own shape."

@@ -169,7 +169,7 @@ def _decayed(net, weight_decay):
     rest = [p for p in net.parameters() if p.dim() <= 1]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
-# %% ../nbs/08_teachers.ipynb #dd8fc346
+# %% ../nbs/08_teachers.ipynb #b24d105b
 def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction=1.0, device="auto", progress=True, budget_seconds=None):
     """A trained classifier for data set `ds`, from the cache if it was trained before; in evaluation mode.
 
@@ -205,7 +205,7 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     return net.eval().to(device)
 
 # what a teacher depends on: a change there makes it a new one
-_CODE = ("config", "data", "image_files", "models", "norms", "evaluation", "checkpoints", "teachers")
+_CODE = ("config", "data", "image_files", "models", "norms", "parallel", "evaluation", "checkpoints", "teachers")
 
 def _build(model, fraction, seed):
     if fraction == 1 or model["norm"] in (None, "bn"): return create_model(**model, seed=seed)

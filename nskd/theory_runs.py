@@ -93,7 +93,7 @@ def selfless_head(d_k, dim, generator=None):
     turn = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)] * (d_k // 2))
     return w_q, turn @ w_q
 
-# %% ../nbs/15c_theory_runs.ipynb #336ede0f
+# %% ../nbs/15c_theory_runs.ipynb #baf00630
 def _train(name, ds, p, seed, norm=None, left=lambda: None):
     recipe = teacher_recipe(ds, name)
     if p.teacher_epochs: recipe = recipe.replace(epochs=p.teacher_epochs)
@@ -130,7 +130,7 @@ def measure_theory(job, budget_seconds=None):
             "seconds": vit.record["seconds"] + cnn.record["seconds"]}
 
 # what the measurements depend on (both networks have keys of their own)
-_CODE = ("config", "models", "norms", "attention", "samplers", "theory", "theory_runs")
+_CODE = ("config", "models", "norms", "parallel", "attention", "samplers", "theory", "theory_runs")
 
 def _shift(cnn, x, g):
     laws = {"gaussian": (lambda s, g: torch.randn(s, generator=g) * 2 + 1, 1, 4), "uniform": (lambda s, g: torch.rand(s, generator=g), 0.5, 1 / 12),
