@@ -7,7 +7,7 @@ __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'PlainAligned', 'P
            'gemm_rate', 'step_flops', 'Stopwatch', 'shares', 'plot_shares', 'cost_of_k', 'Query', 'benchmark',
            'BenchmarkParameters', 'main']
 
-# %% ../nbs/25_benchmark.ipynb #5aa5cf23
+# %% ../nbs/25_benchmark.ipynb #d7d0549e
 "Against the plain loop that a careful user would write, and against the machine's own arithmetic."
 import argparse, json, multiprocessing, resource, sys, time
 from collections import defaultdict
@@ -26,13 +26,13 @@ from .config import Config, first_line, one_of, pick_device, pick_precision, pic
 from .distillation import DistillConfig, _at_work, _prepare
 from .losses import kd_loss
 from .models import create_model
-from .norms import resolve_teacher_mode, teacher_context
+from .norms import _children, resolve_teacher_mode, teacher_context
 from .parameters import Names, _device
 from .plots import use_style
 from .samplers import create_sampler
 from .teachers import threads as threads_of
 
-# %% ../nbs/25_benchmark.ipynb #ef500d49
+# %% ../nbs/25_benchmark.ipynb #a1e72915
 CASES = {
     "digits": dict(teacher=("wrn28", 1), student=("wrn16", 1), shape=(1, 8, 8), batch_size={"cpu": 256, "cuda": 1024}, steps={"cpu": 4, "cuda": 10}),
     "cifar": dict(teacher=("r34", None), student=("r18", None), shape=(3, 32, 32), batch_size={"cpu": 128, "cuda": 1024}, steps={"cpu": 1, "cuda": 3}),
@@ -44,13 +44,13 @@ class Case:
     def __init__(self, name, device="auto", norm="bn", precision="auto", k=4, batch_size=None, classes=10):
         one_of(name, CASES, "case")
         self.name, self.device, spec = name, pick_device(device), CASES[name]
-        self.shape, self.steps, self.classes = spec["shape"], spec["steps"][self.device.type], classes
+        self.shape, self.classes = spec["shape"], classes
         size = batch_size or spec["batch_size"][self.device.type]
         build = lambda net, width, norm: create_model(net, classes, self.shape[0], self.shape[1], norm=norm, width=width, seed=0)
         self.teacher, self.student = build(*spec["teacher"], norm), build(*spec["student"], "bn")
         self.cfg = DistillConfig(k=k, batch_size=size, precision=precision, device=str(self.device))
 
-# %% ../nbs/25_benchmark.ipynb #74648061
+# %% ../nbs/25_benchmark.ipynb #27d119ae
 def plain_select(labels, batch_size, num_classes):
     "A class-balanced choice, one class after the other: indices (batch_size,)."
     by_class = [torch.nonzero(labels == c).flatten() for c in range(num_classes)]
@@ -73,9 +73,7 @@ class PlainAligned(torch.nn.Module):
         return z * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
 
 def _align_plainly(net, alpha):
-    for parent in list(net.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, torch.nn.GroupNorm): setattr(parent, name, PlainAligned(child, alpha))
+    for parent, name, norm in _children(net, lambda m: isinstance(m, torch.nn.GroupNorm)): setattr(parent, name, PlainAligned(norm, alpha))
 
 class Plain:
     "The plain loop; `step()` makes one step."
@@ -112,7 +110,7 @@ class Ours:
 
 LOOPS = {"plain": Plain, "ours": Ours}
 
-# %% ../nbs/25_benchmark.ipynb #bde4bb03
+# %% ../nbs/25_benchmark.ipynb #65d713b1
 def _serve(pipe, loop, case, threads):
     "In a process of its own: steps on demand, answered by the seconds each took; None asks for the peak memory and ends."
     torch.set_num_threads(threads)
@@ -120,16 +118,17 @@ def _serve(pipe, loop, case, threads):
         case = Case(**case)
         work = LOOPS[loop](case)
         pipe.send("ready")
-        while (steps := pipe.recv()) is not None: pipe.send(_timed(work.step, steps, case.device) / steps)
+        while (steps := pipe.recv()) is not None: pipe.send(_timed(work.step, case.device, steps)[0] / steps)
         pipe.send(peak_memory(case.device))
     except Exception as e: pipe.send(e)
 
-def _timed(f, times, device):
+def _timed(f, device, times=1):
+    "Seconds that `times` calls of `f` took, and what the last one returned."
     _wait(device)
     start = time.perf_counter()
-    for _ in range(times): f()
+    for _ in range(times): out = f()
     _wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, out
 
 def _wait(device):
     if device.type == "cuda": torch.cuda.synchronize()
@@ -160,12 +159,14 @@ def _answer(pipe, process):
     if isinstance(said, Exception): raise said
     return said
 
+def _steps(case): return CASES[case["name"]]["steps"][pick_device(case.get("device", "auto")).type]
+
 def take_turns(case, turns=7, warm=1, threads=None, loops=("plain", "ours"), steps=None):
     """Seconds a step of each loop, turn by turn, and its peak memory: {loop: {"seconds": [one a turn], "peak_bytes": …}}.
 
     `case`: arguments of `Case`. `warm`: turns before the first that counts. `steps` a turn: the case's own by default.
     """
-    threads, steps = threads or torch.get_num_threads(), steps or CASES[case["name"]]["steps"][pick_device(case.get("device", "auto")).type]
+    threads, steps = threads or torch.get_num_threads(), steps or _steps(case)
     found = {loop: {"seconds": []} for loop in loops}
     with ExitStack() as stack:
         asks = [stack.enter_context(_process(loop, case, threads)) for loop in loops]
@@ -176,15 +177,15 @@ def take_turns(case, turns=7, warm=1, threads=None, loops=("plain", "ours"), ste
         for loop, ask in zip(loops, asks): found[loop]["peak_bytes"] = ask(None)
     return found
 
-# %% ../nbs/25_benchmark.ipynb #a61257b6
+# %% ../nbs/25_benchmark.ipynb #60cb905c
 def gemm_rate(precision="fp32", device="auto", size=None, repeats=5):
     "FLOP/s of square matrix products on this machine, the median of `repeats`; `size`: 2048 on a CPU, 8192 on a GPU."
     device = pick_device(device)
     size, dtype = size or (8192 if device.type == "cuda" else 2048), torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     multiply = lambda: a @ b
-    _timed(multiply, 2, device)
-    return 2 * size**3 / float(np.median([_timed(multiply, 1, device) for _ in range(repeats)]))
+    _timed(multiply, device, 2)
+    return 2 * size**3 / float(np.median([_timed(multiply, device)[0] for _ in range(repeats)]))
 
 def step_flops(case):
     "FLOPs of one step of a `Case`: {\"teacher\": of the pool and the targets, \"student\": of its forward and backward pass}."
@@ -195,7 +196,7 @@ def step_flops(case):
     finally: loop.work.__exit__(None, None, None)
     return {"teacher": asked.get_total_flops(), "student": whole.get_total_flops() - asked.get_total_flops()}
 
-# %% ../nbs/25_benchmark.ipynb #95940d7a
+# %% ../nbs/25_benchmark.ipynb #3209c74e
 class Stopwatch:
     "Seconds by part of the step of `Ours`, `seconds`: {part: total}; what is between the parts is left over."
     def __init__(self, loop):
@@ -207,7 +208,7 @@ class Stopwatch:
         def ask(x):
             self.calls += 1
             return self.timed(turn[(self.calls - 1) % len(turn)], query)(x)
-        supervise.query, supervise._balanced = ask, self.without("selection", supervise._balanced, ("noise", "pool"))
+        supervise.query, supervise._balanced = ask, self.timed("selection", supervise._balanced, without=("noise", "pool"))
         job.student.register_forward_pre_hook(lambda *_: self.begin())
         job.student.register_forward_hook(lambda *_: (self.end("student forward"), self.begin())[0])
         job.opt.register_step_pre_hook(lambda *_: (self.end("loss and backward"), self.begin())[0])
@@ -217,28 +218,14 @@ class Stopwatch:
 
     def end(self, part): _wait(self.device); self.seconds[part] += time.perf_counter() - self.start
 
-    def timed(self, part, f):
+    def timed(self, part, f, without=()):
+        "`f`, timed as `part`, less what the parts in `without` took inside it."
         def g(*args):
-            seconds, out = _with_time(f, args, self.device)
-            self.seconds[part] += seconds
+            before = sum(self.seconds[o] for o in without)
+            seconds, out = _timed(lambda: f(*args), self.device)
+            self.seconds[part] += seconds - (sum(self.seconds[o] for o in without) - before)
             return out
         return g
-
-    def without(self, part, f, others):
-        "`f` is timed as `part`, less what the other parts took inside it."
-        def g(*args):
-            before = sum(self.seconds[o] for o in others)
-            seconds, out = _with_time(f, args, self.device)
-            self.seconds[part] += seconds - (sum(self.seconds[o] for o in others) - before)
-            return out
-        return g
-
-def _with_time(f, args, device):
-    _wait(device)
-    start = time.perf_counter()
-    out = f(*args)
-    _wait(device)
-    return time.perf_counter() - start, out
 
 PARTS = ["noise", "pool", "selection", "targets", "student forward", "loss and backward", "optimiser", "rest"]
 
@@ -249,7 +236,7 @@ def shares(case, steps=10, warm=2, threads=None):
         with threads_of(threads or torch.get_num_threads()):
             for _ in range(warm): loop.step()
             watch = Stopwatch(loop)
-            whole = _timed(loop.step, steps, case.device)
+            whole, _ = _timed(loop.step, case.device, steps)
     finally: loop.work.__exit__(None, None, None)
     seconds = {**watch.seconds, "rest": whole - sum(watch.seconds.values())}
     return pd.DataFrame([{"part": p, "ms": 1000 * seconds[p] / steps, "share": 100 * seconds[p] / whole} for p in PARTS if p in seconds])
@@ -265,15 +252,14 @@ def plot_shares(parts):
     ax.figure.tight_layout()
     return ax.figure
 
-# %% ../nbs/25_benchmark.ipynb #37276ba3
+# %% ../nbs/25_benchmark.ipynb #a71db2c0
 def cost_of_k(case, ks=(2, 4, 8), turns=5, threads=None):
     """Seconds and peak memory of a step by `k`, in one process a k that take turns: `(DataFrame, slope)`.
 
     `case`: arguments of `Case` without k. `slope`: seconds for one k more over the seconds of one pool query, measured in the same turns; 1 is
     what the method needs.
     """
-    device = pick_device(case.get("device", "auto"))
-    threads, steps = threads or torch.get_num_threads(), CASES[case["name"]]["steps"][device.type]
+    threads, steps = threads or torch.get_num_threads(), _steps(case)
     with ExitStack() as stack:
         asks = {k: stack.enter_context(_process("ours", {**case, "k": k}, threads)) for k in ks}
         query = stack.enter_context(_process("query", {**case, "k": ks[0]}, threads))

@@ -8,7 +8,7 @@ __all__ = ['cell_teacher', 'distil_cell', 'cell_sampler', 'new_student', 'cell_s
            'with_unfinished', 'study_teachers', 'run_measures', 'METHODS', 'check_parameters', 'load_smoke',
            'table_cells']
 
-# %% ../nbs/11a_experiments.ipynb #c35538cd
+# %% ../nbs/11a_experiments.ipynb #296f3bff
 import os, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .config import pick_device, pick_precision, pick_teacher_precision
 from .data import load_dataset
-from .distillation import _NOT_IDENTITY, distill
+from .distillation import _CODE as _OF_DISTILL, _NOT_IDENTITY, distill
 from .models import create_model
 from .norms import align_batch, resolve_teacher_mode
 from .parameters import METHODS, Budget, TeacherCell, check_parameters, load_smoke, table_cells
@@ -31,7 +31,7 @@ from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here
 
-# %% ../nbs/11a_experiments.ipynb #df83d9c9
+# %% ../nbs/11a_experiments.ipynb #43f968ff
 def cell_teacher(cell, ds, budget_seconds=None):
     "The teacher of `cell`, trained or from the cache; `budget_seconds` as in `train_teacher`."
     recipe = teacher_recipe(ds, cell.teacher)
@@ -72,8 +72,7 @@ def distil_cell(cell, progress=False, budget_seconds=None):
     return flat_record(cell, teacher.record, cached("distil", config, make, label=label, files=["run/student.safetensors"], device=device))
 
 # what every student depends on: a change there makes it a new one (its teacher has a key of its own)
-_CODE = ("config", "data", "image_files", "norms", "models", "samplers", "losses", "evaluation", "checkpoints", "parallel", "distillation",
-         "experiments.distil_cell", "experiments.cell_sampler", "experiments.new_student")
+_CODE = (*_OF_DISTILL, "data", "image_files", "models", "experiments.distil_cell", "experiments.cell_sampler", "experiments.new_student")
 
 def cell_sampler(cell, ds):
     "What the student of `cell` is shown: noise, or real images with the augmentation that teachers are trained with."

@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'ENOUGH', 'OTHER_NOISE', 'admissible_modes', 'Preflight', 'score', 'company_flips', 'forward_cost',
            'judge_teacher', 'preflight', 'plot_histograms', 'track_record']
 
-# %% ../nbs/18_preflight.ipynb #4bd31f9b
+# %% ../nbs/18_preflight.ipynb #12543a26
 import math, time
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import pick_device, pick_teacher_precision
+from .config import autocast, pick_device, pick_teacher_precision
 from .diagnostics import ALPHAS, class_histogram, share_bounds
 from .loading import check_teacher, describe_norms
 from .norms import norm_kinds, teacher_context
@@ -69,7 +69,7 @@ def score(h):
     "What preflight goes by: I(X;C) of a `ClassHistogram` as a share of log(classes), 0 to 1."
     return h.mutual_information / math.log(len(h.counts))
 
-# %% ../nbs/18_preflight.ipynb #901897be
+# %% ../nbs/18_preflight.ipynb #38399f6f
 def company_flips(teacher, draw, n, mode, alpha=0.5, batch_size=256, seed=0):
     """Share of `n` inputs of noise whose predicted class changes when they are put into other batches of the same inputs: 0 to 1.
 
@@ -95,7 +95,7 @@ def forward_cost(net, shape, batch_size, mode="rs", alpha=0.5, precision="fp32")
     """
     device = next(net.parameters()).device
     x = torch.randn(batch_size, *shape, device=device)
-    with teacher_context(net, mode, alpha), torch.autocast(device.type, torch.bfloat16, enabled=pick_teacher_precision(precision, device) == "bf16"):
+    with teacher_context(net, mode, alpha), autocast(device, pick_teacher_precision(precision, device)):
         with FlopCounterMode(display=False) as counter: net(x[:2])
         took = []
         for _ in range(2):
@@ -123,7 +123,7 @@ def judge_teacher(h, flip_rate, k=4):
     fine = [f"I(X;C) is {100 * known:.0f} % of what {classes} classes allow, and every class comes"]
     return ("no go", stop + care) if stop else ("care", care) if care else ("go", fine)
 
-# %% ../nbs/18_preflight.ipynb #37107f91
+# %% ../nbs/18_preflight.ipynb #8aae5761
 OTHER_NOISE = ("uniform", "perlin", "dead_leaves")
 
 def preflight(teacher, shape, student=None, k=4, batch_size=256, samples=4096, steps=800, alphas=ALPHAS, budget_seconds=60.0, device="auto", seed=0):
@@ -139,7 +139,8 @@ def preflight(teacher, shape, student=None, k=4, batch_size=256, samples=4096, s
     draw, modes = create_sampler("gaussian", shape), admissible_modes(teacher, alphas)
     likely = "cs" if "cs" in modes and len(modes) == 2 else list(modes)[-1]
     flops, seconds = forward_cost(teacher, shape, min(batch_size, 16), *modes[likely])
-    _, asked = forward_cost(teacher, shape, min(batch_size, 16), *modes[likely], precision="auto")           # preflight asks in fp32, distill need not
+    asked = seconds                                        # preflight asks in fp32, distill need not
+    if pick_teacher_precision("auto", device) != "fp32": _, asked = forward_cost(teacher, shape, min(batch_size, 16), *modes[likely], precision="auto")
     cost = _run_cost(flops, asked, student, shape, k, batch_size, steps, device)
     passes = len(modes) + 2 + 2 + len(OTHER_NOISE)
     n = int(min(samples, max(48, 0.75 * (budget_seconds - (time.perf_counter() - began)) / seconds / passes)))
