@@ -102,7 +102,7 @@ class PreparedImages:
         "Images and labels of a batch, or of a stack of batches."
         return self.images[indices], self.labels[indices]
 
-# %% ../nbs/30b_functional_runs.ipynb #fbb8a900
+# %% ../nbs/30b_functional_runs.ipynb #9f36c0b7
 def _has_dropout(net): return any(getattr(m, "p", 0) > 0 for m in net.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
 
 def train_students(task, init_seed, students, teacher=None, way="stacked", device="cpu", watch=None, dtype=torch.float32):
@@ -158,14 +158,20 @@ def _together(nets):
     "Many networks as one: a forward of (M, B, …), their stacked weights, and a function that hands the weights back."
     weights, buffers = stack_module_state(nets)
     run = vmap(lambda w, b, x: functional_call(nets[0], (w, b), (x,)))
-    @torch.no_grad()
     def collect():
-        for i, net in enumerate(nets):
-            for name, tensor in (*net.named_parameters(), *net.named_buffers()): tensor.copy_({**weights, **buffers}[name][i])
+        for i, net in enumerate(nets): _set_state(net, {name: t[i] for name, t in {**weights, **buffers}.items()})
         return nets
     return lambda x: run(weights, buffers, x), list(weights.values()), collect
 
-# %% ../nbs/30b_functional_runs.ipynb #62aa8ffd
+def _state(net):
+    "Weights and buffers of `net`, those that several of its layers share once."
+    return dict((*net.named_parameters(), *net.named_buffers()))
+
+@torch.no_grad()
+def _set_state(net, state):
+    for name, tensor in _state(net).items(): tensor.copy_(state[name])
+
+# %% ../nbs/30b_functional_runs.ipynb #b315b4ba
 class FunctionalStudy(RunParameters):
     "What the studies of this paper share; the notebooks' own comments say what each is."
     teacher_seeds: Seeds = [0, 1, 2]
@@ -227,12 +233,12 @@ def study_teacher(task, seed, device="auto"):
     device, prepared = pick_device(device), task.prepare()
     def make(directory):
         with threads(1): net, = train_students(prepared, seed, [Student("siddo", 0.0, seed)], way="single", device=device)
-        save_tensors(directory / "weights.safetensors", net.state_dict())
+        save_tensors(directory / "weights.safetensors", _state(net))
         found = {part: _fitness(predict(net, x), y) for part, (x, y) in (("train", prepared.train), ("test", prepared.test))}
-        return {"teacher_seed": seed, "key": tensors_key(net.state_dict()), **{f"{part}_{k}": v for part, f in found.items() for k, v in f.items()}}
+        return {"teacher_seed": seed, "key": tensors_key(_state(net)), **{f"{part}_{k}": v for part, f in found.items() for k, v in f.items()}}
     record = cached("functional-teachers", _key(task, prepared, device, seed=seed), make, label=f"{type(task).__name__}-{seed}", files=["weights.safetensors"], device=device)
     net = prepared.build(seed)
-    net.load_state_dict(load_tensors(f"{record['directory']}/weights.safetensors"))
+    _set_state(net, load_tensors(f"{record['directory']}/weights.safetensors"))
     return net.eval().to(device), record
 
 def _stack_of(job):
