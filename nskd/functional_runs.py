@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Student', 'conditions', 'condition_loss', 'Task', 'ImageTask', 'PreparedImages', 'train_students',
-           'FunctionalStudy', 'VisionStudy', 'predict', 'study_teacher', 'run_study']
+           'SoftTargets', 'FunctionalStudy', 'VisionTargets', 'VisionStudy', 'predict', 'study_teacher', 'run_study']
 
-# %% ../nbs/30b_functional_runs.ipynb #8e1df521
+# %% ../nbs/30b_functional_runs.ipynb #4e881b27
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch.func import functional_call, stack_module_state, vmap
 
 from .config import Config, deterministic, one_of, pick_device
@@ -171,17 +171,13 @@ def _state(net):
 def _set_state(net, state):
     for name, tensor in _state(net).items(): tensor.copy_(state[name])
 
-# %% ../nbs/30b_functional_runs.ipynb #b315b4ba
-class FunctionalStudy(RunParameters):
-    "What the studies of this paper share; the notebooks' own comments say what each is."
-    teacher_seeds: Seeds = [0, 1, 2]
-    seeds: Seeds = list(range(10, 20))
+# %% ../nbs/30b_functional_runs.ipynb #d5820040
+class SoftTargets(RunParameters):
+    "How the networks of this paper's studies are trained: teachers just as students; the notebooks' own comments say what each is."
     alphas: Annotated[list[float], BeforeValidator(lambda v: [float(a) for a in _listed(v)])] = [0.1, 0.5, 0.9]
     steps: int = Field(300, ge=1)
     batch_size: int = Field(64, ge=2)
     lr: float = Field(1e-3, gt=0)
-    stack: int = Field(5, ge=1)                          # student seeds in one process
-    way: Literal["stacked", "single"] = "stacked"
 
     @field_validator("teacher_epochs")
     @classmethod
@@ -194,26 +190,42 @@ class FunctionalStudy(RunParameters):
         if not alphas or len(set(alphas)) < len(alphas) or not all(0 < a < 1 for a in alphas): raise ValueError(f"alphas must be different numbers between 0 and 1, such as 0.1,0.5,0.9, not {alphas}")
         return sorted(alphas)
 
+class FunctionalStudy(SoftTargets):
+    "A study of students and their controls."
+    teacher_seeds: Seeds = [0, 1, 2]
+    seeds: Seeds = list(range(10, 20))
+    stack: int = Field(5, ge=1)                          # student seeds in one process
+    way: Literal["stacked", "single"] = "stacked"
+
     @field_validator("seeds")
     @classmethod
     def _enough(cls, seeds):
-        n = seeds if isinstance(seeds, int) else len(seeds)
-        if n < MIN_PAIRS: raise ValueError(f"{n} student seeds are too few for a Wilcoxon test: {MIN_PAIRS} are needed, the paper has 10")
+        seeds = list(range(10, 10 + seeds)) if isinstance(seeds, int) else seeds            # the paper's students begin at 10
+        if len(seeds) < MIN_PAIRS: raise ValueError(f"{len(seeds)} student seeds are too few for a Wilcoxon test: {MIN_PAIRS} are needed, the paper has 10")
         return seeds
+
+    @model_validator(mode="after")
+    def _own_order(self):
+        # a SIDDO student with its teacher's seed has its data order too, and is the teacher
+        if both := set(self.seeds) & set(self.teacher_list()): raise ValueError(f"student seeds must differ from teacher seeds, and {min(both)} is in both")
+        return self
 
     def teacher_list(self): return list(range(self.teacher_seeds)) if isinstance(self.teacher_seeds, int) else self.teacher_seeds
 
-class VisionStudy(FunctionalStudy):
-    "Parameters of functional_table3.ipynb."
+class VisionTargets(SoftTargets):
+    "What studies on images have."
     narrow: ClassVar[dict] = {**NARROW, "r18": 4, "r34": 4}
     network: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "network"))] = "r18"
     dataset: str = "digits"
-    train_images: int | None = Field(400, ge=2)
+    train_images: int | None = Field(900, ge=2)
 
     def networks(self): return {self.network}
 
     def task(self): return ImageTask(dataset=self.dataset, network=self.network, width=self.width_of(self.network), train_images=self.train_images,
                                      steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+
+class VisionStudy(FunctionalStudy, VisionTargets):       # in this order: pydantic takes the first one's defaults
+    "Parameters of functional_table3.ipynb."
 
 @torch.no_grad()
 def predict(net, x, rows=1024):
