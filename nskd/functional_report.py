@@ -59,7 +59,7 @@ def ticks_table(students, level=0.05):
         row["transfer"] = ", ".join(filter(None, (row.get("transfer", ""), tests[t, alpha].verdict)))
     return pd.DataFrame.from_dict(rows, orient="index")
 
-# %% ../nbs/30d_functional_report.ipynb #fdaafb2d
+# %% ../nbs/30d_functional_report.ipynb #4229dd1b
 def study_deltas(students):
     """KD's agreement less the best control's: a DataFrame with a row a (teacher_seed, alpha, seed), columns correct, incorrect, asymmetry (their difference), points.
 
@@ -96,7 +96,7 @@ def plot_deltas(deltas):
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(title=f"teacher {t}", xlabel="α")
         ax.set_xticks(range(len(alphas)), [f"{a:g}" for a in alphas])
-    axes[0, 0].set_ylabel("agreement less the best control's (points)")
+    axes[0, 0].set_ylabel("agreement less the\nbest control's (points)")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     return fig
 
