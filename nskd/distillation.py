@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult', 'distill', 'Replay',
            'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #b5486f9d
+# %% ../nbs/09_distillation.ipynb #33ca2726
 import copy, hashlib, json, math, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
 from .config import Config, autocast, deterministic, first_line, pick_device, pick_precision
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
-from .losses import kd_loss, pseudo_label_loss
+from .losses import kd_loss, luminet_loss, pseudo_label_loss
 from .norms import _check_alpha, resolve_teacher_mode, teacher_context
 from .runs import (file_sha256, finished_record, held, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
                        write_bytes, write_json)
@@ -31,12 +31,13 @@ from .teachers import train_teacher
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
-# %% ../nbs/09_distillation.ipynb #97b29333
+# %% ../nbs/09_distillation.ipynb #9bace8dc
 Alpha = Annotated[Any, BeforeValidator(lambda v: v if v == "auto" else _check_alpha(v))]        # a float from 0 to 1, or "auto"
 
 class DistillConfig(Config):
     """What `distill` does; everything that counts steps counts optimiser steps.
 
+    `loss`: "kd", "pseudo_label", or "luminet" (its released form: mean over the batch), see `nskd.losses`.
     `k`: noise batches drawn a step, of which rejection sampling keeps one (1: none). `alpha`: strength of batch
     alignment, used when the mode is `aligned`; "auto": the one at which the teacher's answers carry most information
     (`nskd.diagnostics.pick_alpha`). `requery`: ask the teacher about the kept batch again (Algorithm 2), or
@@ -53,7 +54,7 @@ class DistillConfig(Config):
     teacher_mode: Literal["auto", "rs", "cs", "aligned"] = "auto"
     k: int = Field(4, ge=1)
     alpha: Alpha = 0.5
-    loss: Literal["kd", "pseudo_label"] = "kd"
+    loss: Literal["kd", "pseudo_label", "luminet"] = "kd"
     tau: float = Field(1.0, gt=0)
     scale_by_tau2: bool = False
     lr: float = Field(1e-3, gt=0)
@@ -185,7 +186,13 @@ def balance(counts):
     p = counts.double() / counts.sum()
     return float(torch.special.entr(p).sum() / math.log(max(2, len(p))))
 
-# %% ../nbs/09_distillation.ipynb #4da0f009
+# %% ../nbs/09_distillation.ipynb #75070cf4
+def _loss(z_s, z_t, cfg):
+    "The loss that `cfg` names, of the student's and the teacher's logits; LumiNet's as a mean over the batch, like the others."
+    if cfg.loss == "kd": return kd_loss(z_s, z_t, cfg.tau, cfg.scale_by_tau2)
+    if cfg.loss == "luminet": return luminet_loss(z_s, z_t, cfg.tau, "released", check=False) * (cfg.tau ** 2 if cfg.scale_by_tau2 else 1)
+    return pseudo_label_loss(z_s, z_t)
+
 class _Job:
     def __init__(self, teacher, student, cfg, draw, test_data, recal_images, num_classes, device):
         self.teacher, self.student, self.cfg, self.device = teacher, student, cfg, device
@@ -206,7 +213,7 @@ class _Job:
         torch.manual_seed(step_seed(cfg.seed, f"{self.step}/student"))       # what the student draws itself: dropout
         x, z_t = self.supervise(self.generator.manual_seed(step_seed(cfg.seed, self.step)))
         with autocast(self.device, cfg.precision): z_s = self.student(x)
-        return x, z_t, z_s, kd_loss(z_s, z_t, cfg.tau, cfg.scale_by_tau2) if cfg.loss == "kd" else pseudo_label_loss(z_s, z_t)
+        return x, z_t, z_s, _loss(z_s, z_t, cfg)
 
     def take_step(self):
         cfg = self.cfg

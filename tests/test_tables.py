@@ -20,12 +20,12 @@ def smoke_runs(repo, base, *groups):
     with ThreadPoolExecutor(2) as pool: return dict(sum(pool.map(run, groups), []))
 
 
-def check_smoke_results(base, done, name, claims):
-    "What every notebook leaves behind, its number of claims among it; the claims themselves."
+def check_smoke_results(base, done, name, claims, prefix=None):
+    "What every notebook leaves behind, its number of claims among it; the claims themselves. Their ids begin with `prefix`, by default `name`."
     assert done[name].returncode == 0, done[name].stderr[-2000:]
     assert {p.name for p in (base/name).iterdir()} == {"records.csv", "table.csv", "claims.json", "summary.md", "results.json", "figure.png"}
     found = json.loads((base/name/"claims.json").read_text())
-    assert len(found) == claims == len({c["id"] for c in found}) and {c["id"].split(".")[0] for c in found} == {name}
+    assert len(found) == claims == len({c["id"] for c in found}) and {c["id"].split(".")[0] for c in found} == {prefix or name}
     assert {c["verdict"] for c in found} <= {"holds", "fails", "inconclusive"}
     assert json.loads((base/name/"results.json").read_text())["provenance"]["versions"]["torch"]
     return found
