@@ -30,7 +30,7 @@ from .plots import use_style
 from .runs import claim
 from .sweeps import Sweep, _values
 
-# %% ../nbs/31e_luminet_runs.ipynb #6a636814
+# %% ../nbs/31e_luminet_runs.ipynb #b2b0c8be
 Taus = Annotated[list[float], _values(float, "taus", 1e-6)]
 TuneSeeds = Annotated[list[int], BeforeValidator(lambda v: _seeds(v if isinstance(v, list) else [v]))]
 
@@ -98,7 +98,7 @@ class LuminetNoise(Sweep):
     norms: Annotated[list[str], _each(("bn", "ln"), "a norm")] = ["bn", "ln"]
     ks: Annotated[list[int], _values(int, "ks", 1)] = [1, 4]
     taus: Taus = [1.0, 2.0, 4.0, 8.0]
-    tune_seeds: TuneSeeds = [100, 101]
+    tune_seeds: TuneSeeds = [100]
 
     @model_validator(mode="after")
     def _two(self):
