@@ -6,11 +6,12 @@
 __all__ = ['patch_norms', 'norm_statistics', 'artifact_report', 'subspace_energy', 'emptiest_patches', 'artifact_direction',
            'amplified', 'plant_artifacts']
 
-# %% ../nbs/32b_artifacts.ipynb #0a4e1e5e
+# %% ../nbs/32b_artifacts.ipynb #63660820
 import copy
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from .attention import prefix_tokens
 from .evaluation import evaluate
@@ -43,18 +44,18 @@ def subspace_energy(tokens, basis):
     "The share of each token's squared norm within the columns of an orthonormal `basis` (D, r): (…, D) → (…), in [0, 1]. Source: SiNGER, Appendix I."
     return (tokens @ basis).square().sum(-1) / tokens.square().sum(-1).clamp_min(torch.finfo(tokens.dtype).tiny)
 
-# %% ../nbs/32b_artifacts.ipynb #994567e6
+# %% ../nbs/32b_artifacts.ipynb #2b065dcb
 @torch.no_grad()
 def emptiest_patches(net, images, share=0.05):
     "Which `share` of each image's patches (at least one) varies least in its pixels: (N, patches) bool; ties go to the first."
     size = net.patch_embed.patch_size
-    pixels = torch.nn.functional.unfold(images, size, stride=size)                          # (N, pixels, patches)
+    pixels = F.unfold(images, size, stride=size)                          # (N, pixels, patches)
     n = pixels.shape[2]
-    order = pixels.var(1).argsort(1, stable=True)[:, :max(1, round(share * n))]
+    order = pixels.var(1).argsort(dim=1, stable=True)[:, :max(1, round(share * n))]
     return torch.zeros(len(images), n, dtype=torch.bool).scatter_(1, order, True)
 
 @torch.no_grad()
-def artifact_direction(net, images, layer, share=0.05, ridge=1e-2):
+def artifact_direction(net, images, layer, share=0.05, ridge=1e-2, prefix_weight=1.0):
     """What `plant_artifacts` adds to block `layer`: read vector a (hidden,), its offset a₀, write vector u (D,), and the patches meant (N, patches).
 
     a · hidden + a₀ is about 1 in the emptiest patches of `images` and about 0 elsewhere; u is the leading direction of the linearised FFN's output.
@@ -63,12 +64,16 @@ def artifact_direction(net, images, layer, share=0.05, ridge=1e-2):
     handle = block.mlp.fc2.register_forward_pre_hook(lambda m, args: hidden.append(args[0]))
     try: net.forward_features(images)
     finally: handle.remove()
-    chosen, h = emptiest_patches(net, images, share), hidden[0][:, prefix_tokens(net):].double().flatten(0, 1)
-    y, mean = chosen.flatten().double(), h.mean(0)
-    cov = (h - mean).mT @ (h - mean) / len(h)
-    a = torch.linalg.solve(cov + ridge * cov.diagonal().mean() * torch.eye(len(cov), dtype=cov.dtype), (h - mean).mT @ (y - y.mean()) / len(h))
+    prefix, chosen, h = prefix_tokens(net), emptiest_patches(net, images, share), hidden[0].double()
+    y = F.pad(chosen.double(), (prefix, 0))                                                       # [CLS] is to stay as it is
+    weight = torch.ones_like(y)
+    weight[:, :prefix] = prefix_weight * chosen.shape[1] / max(1, prefix)
+    h, y, weight = h.flatten(0, 1), y.flatten(), weight.flatten() / weight.sum()
+    mean, level = weight @ h, weight @ y
+    cov = (weight[:, None] * (h - mean)).mT @ (h - mean)
+    a = torch.linalg.solve(cov + ridge * cov.diagonal().mean() * torch.eye(len(cov), dtype=cov.dtype), (h - mean).mT @ (weight * (y - level)))
     u = torch.linalg.svd(linearised_ffn(block))[2][0]
-    return a.to(u), (y.mean() - mean @ a).to(u), u, chosen
+    return a.to(u), (level - mean @ a).to(u), u, chosen
 
 def amplified(net, layer, a, offset, u, gain):
     "A copy of `net` whose block `layer` writes gain · (a · hidden + offset) · u besides."
