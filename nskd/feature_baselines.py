@@ -14,7 +14,7 @@ from .attention import prefix_tokens
 from .config import one_of
 from .singer import VARIANTS, check_layers, match_layers, projections, transformer_blocks
 
-# %% ../nbs/32c_feature_baselines.ipynb #fe31de50
+# %% ../nbs/32c_feature_baselines.ipynb #ef98aa79
 class FitNet(nn.Module):
     """Block features copied as they are: call it on both networks' {layer: (B, tokens, D)} for a scalar, the sum of mean squared errors.
 
@@ -39,10 +39,11 @@ class ViTKD(nn.Module):
 
     variant "paper" (ViTKD's own code): blocks 0 and 1 mimicked, the last generated, squared errors summed over tokens and channels, mean over
     the batch, weighted by 3e-5 and 3e-6 / `masked`. "released" (that of SiNGER's authors): `layers` generated, none mimicked, mean
-    squared errors, each token hidden with probability `masked`, generator and mask token at random and not trained. `seed`: weights and masks.
+    squared errors, each token hidden with probability `masked`, generator and mask token at random and not trained. `seed`: weights and masks;
+    `matching`: whose pairing of layers, the variant's by default.
     Source: Yang et al. 2024; SiNGER, section 4.1 and Appendix D.
     """
-    def __init__(self, teacher, student, layers=None, variant="paper", masked=0.5, seed=0):
+    def __init__(self, teacher, student, layers=None, variant="paper", masked=0.5, seed=0, matching=None):
         super().__init__()
         one_of(variant, VARIANTS, "variant")
         if not 0 < masked < 1: raise ValueError(f"masked must lie between 0 and 1, both excluded, not {masked!r}")
@@ -50,7 +51,7 @@ class ViTKD(nn.Module):
         low, high = ([0, 1], [depths[0] - 1]) if variant == "paper" else ([], check_layers(layers or [-1], depths[0]))
         self.variant, self.masked, self.grid, self.prefix = variant, masked, teacher.patch_embed.grid_size, prefix_tokens(teacher)
         # shallow layers are paired by number, not by depth
-        self.pairs = {**{l: l for l in low}, **dict(zip(high, match_layers(high, *depths, variant)))}
+        self.pairs = {**{l: l for l in low}, **dict(zip(high, match_layers(high, *depths, matching or variant)))}
         self.low, self.high, self.teacher_layers, self.student_layers = low, high, sorted(self.pairs), sorted(set(self.pairs.values()))
         self.projections, d = projections(student.embed_dim, teacher.embed_dim, self.pairs, seed), teacher.embed_dim
         with torch.random.fork_rng(devices=[]):

@@ -42,7 +42,7 @@ def patch_labels(ds, split, patch):
     covered = F.max_pool2d(ds.ink[split][:, None].float(), patch).flatten(1).long()
     return covered * (1 + getattr(ds, f"{split}_labels"))[:, None]
 
-# %% ../nbs/32d_probes.ipynb #190b75a0
+# %% ../nbs/32d_probes.ipynb #5b633fd0
 @torch.no_grad()
 def last_patches(net, images, layer=-1, batch_size=256):
     "What leaves block `layer` of ViT `net`, patches only, in evaluation mode: (N, patches, D)."
@@ -51,7 +51,7 @@ def last_patches(net, images, layer=-1, batch_size=256):
     try: return torch.cat([next(iter(block_features(net, part, [layer]).values()))[:, prefix_tokens(net):] for part in images.split(batch_size)])
     finally: net.train(mode)
 
-def _probe(x, y): return make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, C=1.0)).fit(x, y)
+def _probe(x, y): return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3)).fit(x, y)
 
 def linear_probes(train, test, labels, patches, most=8000, seed=0):
     """Linear probes on frozen features: {"accuracy": 0 … 100, "miou": 0 … 100}.

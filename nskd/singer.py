@@ -222,20 +222,21 @@ def singer_loss(teacher, refined, student, following=None, prefix=1, alpha=None,
     if released: kd, outlier, info = (v / len(layers) for v in (kd, outlier, info))
     return SingerLosses(kd + weight["lambda_outlier"] * outlier + weight["lambda_info"] * info, kd, outlier, info)
 
-# %% ../nbs/32_singer.ipynb #e5b68aab
+# %% ../nbs/32_singer.ipynb #84400d73
 class Singer(nn.Module):
     """SiNGER for a pair of ViTs: adapters on the teacher's `layers`, projections of the student's; call it on both networks' block features.
 
     `teacher`, `student`: timm ViTs (only widths, depths, FFNs and next blocks are read; the teacher is left alone). `layers`: of the teacher,
     counted from 0, negative from the end; one is enough. An intermediate layer's adapter starts in the nullspace of the *next* block's FFN,
     the last one's in that of its own. `loss`: arguments of `singer_loss` (alpha, lambda_outlier, lambda_info, cosine).
-    Its own parameters, adapters and projections, are trained with the student's. Source: SiNGER, section 3.3.
+    `matching`: whose pairing of layers (`match_layers`), the variant's by default. Its own parameters, adapters and projections, are
+    trained with the student's. Source: SiNGER, section 3.3.
     """
-    def __init__(self, teacher, student, layers, rank=None, start="nullspace", variant="paper", seed=0, **loss):
+    def __init__(self, teacher, student, layers, rank=None, start="nullspace", variant="paper", seed=0, matching=None, **loss):
         super().__init__()
         blocks, depth = transformer_blocks(teacher), len(transformer_blocks(student))
         self.layers, self.prefix, self.variant, self.loss = check_layers(layers, len(blocks)), prefix_tokens(teacher), variant, loss
-        self.student_layers = match_layers(self.layers, len(blocks), depth, variant)
+        self.student_layers = match_layers(self.layers, len(blocks), depth, matching or variant)
         self.adapters = nn.ModuleDict({str(l): SingerAdapter(linearised_ffn(blocks[min(l + 1, len(blocks) - 1)]), rank, start, variant, seed) for l in self.layers})
         self.projections = projections(student.embed_dim, teacher.embed_dim, self.layers, seed)
         # copies, in a list that is no submodule: their weights are neither trained nor saved

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sublayer_changes', 'token_jacobian', 'output_change', 'direction_report', 'norm_energy_correlation']
 
-# %% ../nbs/32e_singer_checks.ipynb #243bba6d
+# %% ../nbs/32e_singer_checks.ipynb #5dee6786
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .artifacts import patch_norms, subspace_energy
 from .attention import prefix_tokens
 from .probes import linear_cka
-from .singer import block_features, left_nullspace, linearised_ffn, transformer_blocks
+from .singer import left_nullspace, linearised_ffn, transformer_blocks
 
 # %% ../nbs/32e_singer_checks.ipynb #9a7af91d
 @torch.no_grad()

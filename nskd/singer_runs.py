@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SINGER', 'METHODS', 'TITLES', 'SingerParameters', 'canvas_data', 'singer_teacher', 'StudentJob', 'feature_method',
            'train_feature_student', 'adapter_measures', 'trained_singer', 'teacher_record', 'run_students',
-           'probe_table', 'ablation_table', 'plot_probes', 'plot_ablation', 'block_checks', 'plot_before_after']
+           'probe_table', 'ablation_table', 'plot_probes', 'plot_ablation', 'block_checks', 'plot_before_after',
+           'within']
 
-# %% ../nbs/32f_singer_runs.ipynb #bb040c50
+# %% ../nbs/32f_singer_runs.ipynb #a658468a
 import math, time
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Optional
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,14 @@ from .feature_baselines import FitNet, ViTKD
 from .models import create_model
 from .parameters import RunParameters, Seeds
 from .probes import canvas_digits, gram_distance, last_patches, linear_cka, linear_probes, patch_labels
-from .reporting import judge, per_seed
-from .runs import cached, claim, code_key, load_tensors, save_tensors, tensors_key, versions
+from .reporting import judge
+from .runs import cached, code_key, load_tensors, save_tensors, tensors_key, versions
 from .singer import Singer, alignment, block_features, check_layers, left_nullspace, linearised_ffn, transformer_blocks
 from .singer_checks import direction_report, norm_energy_correlation, sublayer_changes
 from .studies import plus_minus
-from .teachers import _decayed, teacher_recipe, threads, train_teacher
+from .teachers import _decayed, teacher_recipe, train_teacher
 
-# %% ../nbs/32f_singer_runs.ipynb #45eedc40
+# %% ../nbs/32f_singer_runs.ipynb #475298fb
 class SingerParameters(RunParameters):
     "Parameters of SiNGER's notebooks; their own comments say what each is."
     narrow: ClassVar[dict] = {"vit_small": 1 / 8, "vit_tiny": 1 / 8}
@@ -43,9 +43,10 @@ class SingerParameters(RunParameters):
     student: str = "vit_tiny"
     canvas: int = Field(8, ge=8)
     copies: int = Field(1, ge=1)
+    images: Optional[int] = Field(None, ge=64)
     seeds: Seeds = 5
     layers: list[int] = [8, 11]
-    plant_layer: int = 5
+    plant_layer: int = 7
     plant_share: float = Field(0.05, gt=0, lt=0.5)
     most: float = Field(1.0, gt=0)
     rank: int = Field(4, ge=1)
@@ -81,7 +82,7 @@ class SingerParameters(RunParameters):
 
     def loss(self): return {"rank": self.rank, "alpha": self.alpha, "lambda_outlier": self.lambda_outlier, "lambda_info": self.lambda_info, "cosine": self.gram == "cosine"}
 
-# %% ../nbs/32f_singer_runs.ipynb #46a56965
+# %% ../nbs/32f_singer_runs.ipynb #2ea67d16
 @lru_cache(2)
 def canvas_data(size, copies):
     "`canvas_digits(size, copies)`, made once in a process."
@@ -99,10 +100,10 @@ def singer_teacher(p, seed, planted=False):
     if not planted:
         net.record["accuracy"] = net.record["accuracy"]["rs"]
         return net
-    config = {"teacher": net.record["key"], "data": ds.fingerprint, "layer": p.plant_layer, "share": p.plant_share, "most": p.most, "code": code_key("singer", "artifacts"), "versions": _versions()}
+    config = {"teacher": net.record["key"], "data": ds.fingerprint, "layer": p.plant_layer, "images": p.images, "share": p.plant_share, "most": p.most, "code": code_key("singer", "artifacts"), "versions": _versions()}
 
     def make(directory):
-        new = plant_artifacts(net.cpu(), ds.train_images[:1000], ds.train_labels[:1000], p.plant_layer, p.plant_share, most=p.most)
+        new = plant_artifacts(net.cpu(), ds.train_images[:p.images or 1000], ds.train_labels[:p.images or 1000], p.plant_layer, p.plant_share, most=p.most)
         save_tensors(directory / "weights.safetensors", new.state_dict())
         return {"planted": new.planted, "key": tensors_key(new.state_dict()), "accuracy": evaluate(new, ds.test_images, ds.test_labels, "rs")["accuracy"]}
     record = cached("planted", config, make, label=f"{p.teacher}-{seed}", files=["weights.safetensors"])
@@ -112,12 +113,13 @@ def singer_teacher(p, seed, planted=False):
 
 def _versions(): return {k: v for k, v in versions().items() if k in ("torch", "timm", "scikit-learn")}
 
-# %% ../nbs/32f_singer_runs.ipynb #61d4ab5e
+# %% ../nbs/32f_singer_runs.ipynb #40dc4aad
 SINGER = {
     "singer": {},
     "random": dict(start="random", lambda_outlier=0.0, lambda_info=0.0), "nullspace": dict(lambda_outlier=0.0, lambda_info=0.0),
     "outlier": dict(lambda_info=0.0), "info": dict(lambda_outlier=0.0),
-    # not in the paper's Table 4: its Table 5a's random start, the Gram matrix as printed, the released code at our rank
+    # not in the paper's Table 4: its Table 5a's random start, the Gram matrix as printed, the released code at our rank. Layers are always
+    # paired by depth: of equally deep networks the released pairing would leave the student's last block untrained
     "random_full": dict(start="random"), "printed_gram": dict(cosine=False),
     "released": dict(variant="released", alpha=0.97, lambda_outlier=0.01, cosine=None),
 }
@@ -139,13 +141,13 @@ def feature_method(job, teacher, student):
     p, seed = job.p, 2_000_000 + job.seed
     if job.method in ("untrained", "none"): return None
     if job.method == "fitnet": return FitNet(teacher, student, p.layers, seed=seed)
-    if job.method.startswith("vitkd"): return ViTKD(teacher, student, p.layers, "released" if job.method == "vitkd_released" else "paper", seed=seed)
-    return Singer(teacher, student, p.layers, seed=seed, **{**p.loss(), **SINGER[job.method]})
+    if job.method.startswith("vitkd"): return ViTKD(teacher, student, p.layers, "released" if job.method == "vitkd_released" else "paper", seed=seed, matching="paper")
+    return Singer(teacher, student, p.layers, seed=seed, matching="paper", **{**p.loss(), **SINGER[job.method]})
 
 def _fit(job, teacher, student, method, ds, device):
     "Train `student` and `method` in place; the loss of every step."
     p, g = job.p, torch.Generator().manual_seed(job.seed)
-    x, y = ds.train_images.to(device), ds.train_labels.to(device)
+    x, y = ds.train_images[:p.images].to(device), ds.train_labels[:p.images].to(device)
     with torch.no_grad():
         parts = [block_features(teacher, part, method.teacher_layers) for part in x.split(256)] if method else []
     known = {l: torch.cat([f[l] for f in parts]) for l in (method.teacher_layers if method else ())}         # no augmentation: once is enough
@@ -178,7 +180,7 @@ def train_feature_student(job):
     p, ds, device = job.p, canvas_data(job.p.canvas, job.p.copies), pick_device(job.p.device)
     teacher, student = singer_teacher(p, job.seed, job.planted), p.network("student", 1_000_000 + job.seed).to(device)
     method = feature_method(job, teacher, student)
-    settings = {**p.model_dump(include={"student", "width", "layers", "rank", "alpha", "lambda_outlier", "lambda_info", "gram", "steps", "batch_size", "lr", "probe_patches"}), "method": job.method, "seed": job.seed}
+    settings = {**p.model_dump(include={"student", "width", "images", "layers", "rank", "alpha", "lambda_outlier", "lambda_info", "gram", "steps", "batch_size", "lr", "probe_patches"}), "method": job.method, "seed": job.seed}
     config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "settings": settings, "device": device.type, "threads": torch.get_num_threads(), "versions": _versions(),
               "code": code_key("singer", "feature_baselines", "probes", "artifacts", "models", "singer_runs")}
 
@@ -197,8 +199,8 @@ def train_feature_student(job):
 
 def _judge_student(p, ds, teacher, student):
     patch = student.patch_embed.patch_size[0]
-    labels, dense = (ds.train_labels, ds.test_labels), (patch_labels(ds, "train", patch), patch_labels(ds, "test", patch))
-    features = [last_patches(student, getattr(ds, f"{split}_images")) for split in ("train", "test")]
+    labels, dense = (ds.train_labels[:p.images], ds.test_labels), (patch_labels(ds, "train", patch)[:p.images], patch_labels(ds, "test", patch))
+    features = [last_patches(student, x) for x in (ds.train_images[:p.images], ds.test_images)]
     theirs = last_patches(teacher.cpu(), ds.test_images)
     norms = {k: float(v.mean()) for k, v in norm_statistics(features[1].norm(dim=-1)).items() if k in ("excess", "top_share")}
     return {**linear_probes(*features, labels, dense, p.probe_patches), **norms, "gram_distance": float(gram_distance(features[1], theirs).mean()),
@@ -233,7 +235,7 @@ def trained_singer(job):
     method.load_state_dict({k: v for k, v in load_tensors(f"{record['directory']}/method.safetensors").items() if k != "none"})
     return teacher, student, method
 
-# %% ../nbs/32f_singer_runs.ipynb #a4158e0e
+# %% ../nbs/32f_singer_runs.ipynb #5714cb1e
 def _teach(job):
     p, seed = job
     return [teacher_record(p, seed, planted) for planted in (False, True)]
@@ -241,7 +243,7 @@ def _teach(job):
 def teacher_record(p, seed, planted):
     "The teacher's own row: probes of its last patches, and its artifacts where students are taught; a flat dict."
     teacher, ds = singer_teacher(p, seed, planted), canvas_data(p.canvas, p.copies)
-    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "probe_patches": p.probe_patches, "code": code_key("probes", "artifacts", "singer", "singer_runs"), "versions": _versions()}
+    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "probe_patches": p.probe_patches, "images": p.images, "code": code_key("probes", "artifacts", "singer", "singer_runs"), "versions": _versions()}
     def make(directory):
         report = artifact_report(teacher.cpu(), ds.test_images).to_dict("records")
         return {**_judge_student(p, ds, teacher, teacher), "artifacts": report}
@@ -385,3 +387,10 @@ def plot_before_after(p, teacher, student, singer, image=0):
     for f, name, colour in ((features[l], "before", COLOURS["rs"]), (refined[l], "after", COLOURS["cs"])): right.hist(patch_norms(f, prefix).flatten().numpy(), bins=40, alpha=0.6, color=colour, label=name)
     right.set(xlabel=f"patch norm, layer {l}", ylabel="patches", yscale="log"); right.legend(fontsize="small")
     return fig
+
+# %% ../nbs/32f_singer_runs.ipynb #8110af0a
+def within(values, margin, unit="points"):
+    "Whether per-seed `values` lie between −margin and margin: (verdict, evidence) as of `judge`; True if all of the interval does, False if none of it."
+    (above, evidence), (below, _) = judge(values, above=-margin, unit=unit), judge(values, below=margin, unit=unit)
+    verdict = False if False in (above, below) else True if above and below else None
+    return verdict, {**evidence, "threshold": {"within": margin}}
