@@ -37,8 +37,8 @@ def sublayer_changes(net, images):
                      "ffn1": float((size["fc2 in"] / size["norm2"]).mean()), "ffn2": float((size["fc2"] / size["fc2 in"]).mean())})
     return pd.DataFrame(rows)
 
-# %% ../nbs/32e_singer_checks.ipynb #f0f78449
-def token_jacobian(block, tokens, prefix=1, most=64):
+# %% ../nbs/32e_singer_checks.ipynb #4e9efda0
+def token_jacobian(block, tokens, prefix=1, most=16):
     "The mean of ∂output/∂input of the same token over `most` patches of (B, n, D) `tokens`, skip connection included, for row vectors: (D, D)."
     b, n, d = tokens.shape
     picks = torch.linspace(0, b * (n - prefix) - 1, min(most, b * (n - prefix))).long()

@@ -235,7 +235,7 @@ def trained_singer(job):
     method.load_state_dict({k: v for k, v in load_tensors(f"{record['directory']}/method.safetensors").items() if k != "none"})
     return teacher, student, method
 
-# %% ../nbs/32f_singer_runs.ipynb #5714cb1e
+# %% ../nbs/32f_singer_runs.ipynb #9fa8cba7
 def _teach(job):
     p, seed = job
     return [teacher_record(p, seed, planted) for planted in (False, True)]
@@ -262,10 +262,11 @@ def run_students(p, methods, planted=(False, True)):
     alone = ("untrained", "none")
     jobs = [StudentJob(method=m, seed=s, planted=t, p=p) for s in p.seed_list() for t in planted for m in methods if m not in alone or t == planted[0]]
     rows = run_parallel(train_feature_student, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="students")
-    rows += [{**r, "planted": t} for r in rows for t in planted[1:] if r["method"] in alone]
+    # their distances are those from the first kind of teacher
+    rows += [{**r, "planted": t, "gram_distance": math.nan, "cka": math.nan} for r in rows for t in planted[1:] if r["method"] in alone]
     return pd.DataFrame([r for pair in teachers for r in pair if r["planted"] in planted] + rows).reset_index(drop=True)
 
-# %% ../nbs/32f_singer_runs.ipynb #6efcd83d
+# %% ../nbs/32f_singer_runs.ipynb #9668e4ad
 TITLES = {"teacher": "teacher itself", "untrained": "untrained", "none": "none (labels)", "fitnet": "FitNet", "vitkd": "ViTKD", "vitkd_released": "ViTKD, authors'", "singer": "SiNGER",
           "random": "random start, no losses", "nullspace": "nullspace start, no losses", "outlier": "+ outlier suppression", "info": "+ information preservation",
           "random_full": "random start, both losses", "printed_gram": "both, Gram as printed", "released": "released"}
@@ -278,7 +279,7 @@ def probe_table(records, paper):
         for planted, kind in ((False, "clean teacher"), (True, "planted teacher")):
             here = part[part.planted == planted]
             for column, title, digits in (("accuracy", "classification (%)", 1), ("miou", "dense mIoU (%)", 1), ("gram_distance", "Gram distance", 2), ("cka", "CKA", 2), ("excess", "excess", 2)):
-                if len(here): row[kind, title] = plus_minus(here[column], digits)
+                if len(here): row[kind, title] = "–" if here[column].isna().all() else plus_minus(here[column], digits)
         rows[TITLES[m]] = {**row, ("", "paper"): ", ".join(paper.get(m, ())) or "–"}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.columns = pd.MultiIndex.from_tuples(table.columns)
