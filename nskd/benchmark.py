@@ -7,7 +7,7 @@ __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'PlainAligned', 'P
            'gemm_rate', 'step_flops', 'Stopwatch', 'shares', 'plot_shares', 'cost_of_k', 'Query', 'benchmark',
            'BenchmarkParameters', 'main']
 
-# %% ../nbs/25_benchmark.ipynb #d7d0549e
+# %% ../nbs/25_benchmark.ipynb #551b1233
 "Against the plain loop that a careful user would write, and against the machine's own arithmetic."
 import argparse, json, multiprocessing, resource, sys, time
 from collections import defaultdict
@@ -22,7 +22,8 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import Config, first_line, one_of, pick_device, pick_precision, pick_teacher_precision
+from .ahead import Ahead, layout
+from .config import Config, first_line, one_of, pick_device, pick_precision, pick_teacher_precision, threads as threads_of
 from .distillation import DistillConfig, _at_work, _prepare
 from .losses import kd_loss
 from .models import create_model
@@ -30,12 +31,11 @@ from .norms import _children, resolve_teacher_mode, teacher_context
 from .parameters import Names, _device
 from .plots import use_style
 from .samplers import create_sampler
-from .teachers import threads as threads_of
 
-# %% ../nbs/25_benchmark.ipynb #a1e72915
+# %% ../nbs/25_benchmark.ipynb #acb2dd79
 CASES = {
-    "digits": dict(teacher=("wrn28", 1), student=("wrn16", 1), shape=(1, 8, 8), batch_size={"cpu": 256, "cuda": 1024}, steps={"cpu": 4, "cuda": 10}),
-    "cifar": dict(teacher=("r34", None), student=("r18", None), shape=(3, 32, 32), batch_size={"cpu": 128, "cuda": 1024}, steps={"cpu": 1, "cuda": 3}),
+    "digits": dict(teacher=("wrn28", 1), student=("wrn16", 1), shape=(1, 8, 8), batch_size={"cpu": 256, "cuda": 1024}, steps={"cpu": 8, "cuda": 10}),
+    "cifar": dict(teacher=("r34", None), student=("r18", None), shape=(3, 32, 32), batch_size={"cpu": 128, "cuda": 1024}, steps={"cpu": 2, "cuda": 3}),
     "cifar-wrn": dict(teacher=("wrn28", 10), student=("wrn16", 8), shape=(3, 32, 32), batch_size={"cpu": 64, "cuda": 512}, steps={"cpu": 1, "cuda": 2}),
 }
 
@@ -50,7 +50,7 @@ class Case:
         self.teacher, self.student = build(*spec["teacher"], norm), build(*spec["student"], "bn")
         self.cfg = DistillConfig(k=k, batch_size=size, precision=precision, device=str(self.device))
 
-# %% ../nbs/25_benchmark.ipynb #27d119ae
+# %% ../nbs/25_benchmark.ipynb #028b77fd
 def plain_select(labels, batch_size, num_classes):
     "A class-balanced choice, one class after the other: indices (batch_size,)."
     by_class = [torch.nonzero(labels == c).flatten() for c in range(num_classes)]
@@ -98,19 +98,25 @@ class Plain:
         self.opt.zero_grad(); loss.backward(); self.opt.step()
         return loss.item()
 
+    def settle(self): pass
+
 class Ours:
-    "The loop of `distill`; `step()` makes one step."
-    def __init__(self, case):
+    "The loop of `distill`; `step()` makes one step. `ahead`: whether the next steps' batches may be made meanwhile."
+    def __init__(self, case, ahead=True):
         self.case = case
         self.job, _ = _prepare(case.teacher, case.student, case.cfg, None, create_sampler("gaussian", case.shape), None)
-        self.work = _at_work(self.job)
+        self.work = _at_work(self.job, ahead)
         self.work.__enter__()
 
     def step(self): self.job.take_step()
 
+    def settle(self): getattr(self.job.batch, "settle", lambda: None)()
+
+    def close(self): self.work.__exit__(None, None, None)
+
 LOOPS = {"plain": Plain, "ours": Ours}
 
-# %% ../nbs/25_benchmark.ipynb #65d713b1
+# %% ../nbs/25_benchmark.ipynb #584e2484
 def _serve(pipe, loop, case, threads):
     "In a process of its own: steps on demand, answered by the seconds each took; None asks for the peak memory and ends."
     torch.set_num_threads(threads)
@@ -118,9 +124,14 @@ def _serve(pipe, loop, case, threads):
         case = Case(**case)
         work = LOOPS[loop](case)
         pipe.send("ready")
-        while (steps := pipe.recv()) is not None: pipe.send(_timed(work.step, case.device, steps)[0] / steps)
+        while (steps := pipe.recv()) is not None: pipe.send(_timed(lambda: _turn(work, steps), case.device)[0] / steps)
         pipe.send(peak_memory(case.device))
     except Exception as e: pipe.send(e)
+
+def _turn(work, steps):
+    "So many steps. What was made ahead is left as it was found: as many batches for the next turn, and nobody at work in the other loop's."
+    for _ in range(steps): work.step()
+    work.settle()
 
 def _timed(f, device, times=1):
     "Seconds that `times` calls of `f` took, and what the last one returned."
@@ -177,7 +188,7 @@ def take_turns(case, turns=7, warm=1, threads=None, loops=("plain", "ours"), ste
         for loop, ask in zip(loops, asks): found[loop]["peak_bytes"] = ask(None)
     return found
 
-# %% ../nbs/25_benchmark.ipynb #60cb905c
+# %% ../nbs/25_benchmark.ipynb #f79a8bf5
 def gemm_rate(precision="fp32", device="auto", size=None, repeats=5):
     "FLOP/s of square matrix products on this machine, the median of `repeats`; `size`: 2048 on a CPU, 8192 on a GPU."
     device = pick_device(device)
@@ -189,14 +200,14 @@ def gemm_rate(precision="fp32", device="auto", size=None, repeats=5):
 
 def step_flops(case):
     "FLOPs of one step of a `Case`: {\"teacher\": of the pool and the targets, \"student\": of its forward and backward pass}."
-    loop = Ours(case)
+    loop = Ours(case, ahead=False)
     try:
-        with FlopCounterMode(display=False) as asked: loop.job.supervise(loop.job.generator)
+        with FlopCounterMode(display=False) as asked: loop.job.make_batch(0)
         with FlopCounterMode(display=False) as whole: loop.step()
-    finally: loop.work.__exit__(None, None, None)
+    finally: loop.close()
     return {"teacher": asked.get_total_flops(), "student": whole.get_total_flops() - asked.get_total_flops()}
 
-# %% ../nbs/25_benchmark.ipynb #3209c74e
+# %% ../nbs/25_benchmark.ipynb #e34f6dbc
 class Stopwatch:
     "Seconds by part of the step of `Ours`, `seconds`: {part: total}; what is between the parts is left over."
     def __init__(self, loop):
@@ -230,14 +241,17 @@ class Stopwatch:
 PARTS = ["noise", "pool", "selection", "targets", "student forward", "loss and backward", "optimiser", "rest"]
 
 def shares(case, steps=10, warm=2, threads=None):
-    "Where the time of a `Case`'s step goes: a DataFrame, one row a part, with milliseconds a step and the share of the whole in percent."
-    loop = Ours(case)
+    """Where the time of a `Case`'s step goes: a DataFrame, one row a part, with milliseconds a step and the share of the whole in percent.
+
+    One part after the other, nothing made ahead: `distill` does the teacher's parts beside the student's.
+    """
+    loop = Ours(case, ahead=False)
     try:
         with threads_of(threads or torch.get_num_threads()):
             for _ in range(warm): loop.step()
             watch = Stopwatch(loop)
             whole, _ = _timed(loop.step, case.device, steps)
-    finally: loop.work.__exit__(None, None, None)
+    finally: loop.close()
     seconds = {**watch.seconds, "rest": whole - sum(watch.seconds.values())}
     return pd.DataFrame([{"part": p, "ms": 1000 * seconds[p] / steps, "share": 100 * seconds[p] / whole} for p in PARTS if p in seconds])
 
@@ -252,7 +266,7 @@ def plot_shares(parts):
     ax.figure.tight_layout()
     return ax.figure
 
-# %% ../nbs/25_benchmark.ipynb #a71db2c0
+# %% ../nbs/25_benchmark.ipynb #7c3bf673
 def cost_of_k(case, ks=(2, 4, 8), turns=5, threads=None):
     """Seconds and peak memory of a step by `k`, in one process a k that take turns: `(DataFrame, slope)`.
 
@@ -270,10 +284,23 @@ def cost_of_k(case, ks=(2, 4, 8), turns=5, threads=None):
     return table, float(np.median(slopes))
 
 class Query(Ours):
-    "One pool query of `Ours`: noise, and the teacher's answers to it."
+    "One pool query of `Ours`: noise, and the teacher's answers to it, made ahead as whole batches are."
+    def __init__(self, case):
+        super().__init__(case, ahead=False)
+        supervise, self.done = self.job.supervise, 0
+        def make(step):
+            with torch.no_grad(): return supervise.query(supervise._noise(case.cfg.batch_size, torch.Generator(case.device).manual_seed(step)))
+        self.ahead = Ahead(make, layout(supervise.asks, torch.get_num_threads())[1] if case.device.type == "cpu" else 0, sys.maxsize).__enter__()
+
     def step(self):
-        supervise = self.job.supervise
-        with torch.no_grad(): supervise.query(supervise._noise(self.case.cfg.batch_size, self.job.generator))
+        self.ahead(self.done)
+        self.done += 1
+
+    def settle(self): self.ahead.settle()
+
+    def close(self):
+        self.ahead.__exit__()
+        super().close()
 
 LOOPS["query"] = Query
 

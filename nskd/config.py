@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['nearest', 'unknown_name', 'first_line', 'one_of', 'Config', 'pick_device', 'pick_precision', 'pick_teacher_precision',
-           'autocast', 'deterministic', 'keep_freed_memory']
+           'autocast', 'deterministic', 'threads', 'keep_freed_memory']
 
-# %% ../nbs/00b_config.ipynb #24235098
+# %% ../nbs/00b_config.ipynb #f474baeb
 import ctypes
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 
@@ -35,7 +36,7 @@ def one_of(value, valid, what):
     near = nearest(value, valid)
     raise ValueError(f"{what} must be one of {', '.join(map(str, valid))}, not {value!r}" + (f", did you mean {near!r}?" if near else ""))
 
-# %% ../nbs/00b_config.ipynb #60130fbe
+# %% ../nbs/00b_config.ipynb #26817ffd
 class Config(BaseModel):
     "A frozen set of checked fields; errors are a ValueError of one sentence. `replace(**changes)` gives a checked copy."
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -46,7 +47,7 @@ class Config(BaseModel):
         try: super().__init__(**fields)
         except ValidationError as e: raise ValueError(_one_sentence(e)) from None
 
-    def replace(self, **changes): return type(self)(**{**self.model_dump(), **changes})
+    def replace(self, **changes): return type(self)(**{**self.model_dump(include=self.model_fields_set), **changes})
 
 def _one_sentence(error):
     first = error.errors()[0]
@@ -58,7 +59,7 @@ def _one_sentence(error):
     if first["type"] == "value_error": return message.removeprefix("Value error, ")
     return f"{field}: {message.removeprefix('Input ')[0].lower()}{message.removeprefix('Input ')[1:]}, not {given!r}"
 
-# %% ../nbs/00b_config.ipynb #4eb988cd
+# %% ../nbs/00b_config.ipynb #006e28ce
 def pick_device(device):
     "`device` as a torch.device; `auto` is the first GPU, else the CPU. ValueError for one that is not there."
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +94,14 @@ def deterministic(device):
     "A context in which a GPU's convolutions are deterministic and fp32 means fp32; nothing changes on a CPU."
     return torch.backends.cudnn.flags(enabled=device.type == "cuda" or torch.backends.cudnn.enabled, benchmark=False,
                                       deterministic=True, allow_tf32=False)
+
+@contextmanager
+def threads(n):
+    "Run with `n` threads, and then with as many as before."
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 @cache
 def keep_freed_memory():

@@ -8,7 +8,7 @@ __all__ = ['cell_teacher', 'distil_cell', 'cell_sampler', 'new_student', 'cell_s
            'with_unfinished', 'study_teachers', 'run_measures', 'METHODS', 'check_parameters', 'load_smoke',
            'table_cells']
 
-# %% ../nbs/11a_experiments.ipynb #296f3bff
+# %% ../nbs/11a_experiments.ipynb #c638b47f
 import os, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .config import pick_device, pick_precision, pick_teacher_precision
+from .config import pick_device, pick_precision, pick_teacher_precision, threads
 from .data import load_dataset
 from .distillation import _CODE as _OF_DISTILL, _NOT_IDENTITY, distill
 from .models import create_model
@@ -26,7 +26,7 @@ from .norms import align_batch, resolve_teacher_mode
 from .parameters import METHODS, Budget, TeacherCell, check_parameters, load_smoke, table_cells
 from .runs import Unfinished, cached, code_key, load_tensors, versions
 from .samplers import create_sampler, image_sampler, rejection_sample
-from .teachers import augment, teacher_recipe, threads, train_teacher
+from .teachers import augment, teacher_recipe, train_teacher
 from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['notebook_parameters', 'Grid', 'read_grid', 'grid_jobs', 'library_key', 'failures', 'own_gpus']
 
-# %% ../nbs/23_grid.ipynb #6ef0bcf8
+# %% ../nbs/23_grid.ipynb #f313f7fa
 import ast, contextlib, importlib, itertools, json, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import Any, Optional, get_origin
 
-import yaml
 from pydantic import Field
 
 from .config import Config, first_line, unknown_name
-from .parameters import Seeds
+from .parameters import Seeds, read_yaml, tier_parameters
 from .runs import content_key, outputs_dir, repo_root, _assigned, _code_tree, _parameter_cells
 
 # %% ../nbs/23_grid.ipynb #74f5a61b
@@ -38,7 +37,7 @@ def notebook_parameters(name, root=None):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_parameters" and len(node.args) > 1: model = node.args[1].id
     return _assigned(_parameter_cells(there[name])[0]), getattr(importlib.import_module(modules[model]), model)
 
-# %% ../nbs/23_grid.ipynb #f868b097
+# %% ../nbs/23_grid.ipynb #72fad879
 class Grid(Config):
     """A notebook, crossed parameters, seeds: `read_grid` makes one of a file.
 
@@ -66,10 +65,9 @@ class Grid(Config):
 def read_grid(path, root=None):
     "The `Grid` in a YAML file, all its cells checked; ValueError of one sentence for whatever its notebook would refuse."
     path = Path(path)
-    try: said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(_no_grid(path)) from None
-    except yaml.YAMLError as e: raise ValueError(f"{path} is no YAML: {first_line(str(e).replace(chr(10), ' '))}") from e
-    if not isinstance(said, dict) or "name" in said: raise ValueError(f"{path} must say notebook, and may say tier, parameters, seeds, threads, gpus")
+    if not path.exists(): raise ValueError(_no_grid(path))
+    said = read_yaml(path)
+    if "name" in said: raise ValueError(f"{path} must say notebook, and may say tier, parameters, seeds, threads, gpus")
     if "notebook" not in said: raise ValueError(f"{path} names no notebook")
     grid = Grid(name=path.stem, **said)
     for job in (jobs := grid_jobs(grid, root)): _check(grid, job["parameters"], root)
@@ -87,7 +85,7 @@ def _check(grid, given, root):
         if name not in defaults: raise ValueError(unknown_name("parameter", name, defaults) + f" ({grid.notebook})")
     model(**{**defaults, **given})
 
-# %% ../nbs/23_grid.ipynb #943b4120
+# %% ../nbs/23_grid.ipynb #01bcaad7
 def grid_jobs(grid, root=None):
     """The jobs of a grid, its cells and then its tables: a list of dicts `label`, `kind` ("cell" or "table"), `parameters`, and `cells`, the labels that a table rests on.
 
@@ -122,10 +120,7 @@ def _label(picked):
     return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", f"{k}-{text(v)[-60:]}") for k, v in picked.items()) or "all"
 
 def _tier(grid, root):
-    if grid.tier is None: return {}
-    there = {f.parent.name: f for f in sorted(((root or repo_root()) / "params").glob(f"*/{grid.notebook}.yaml")) if f.parent.name != "grid"}
-    if grid.tier not in there: raise ValueError(unknown_name(f"tier of {grid.notebook},", grid.tier, there))
-    return {k: v for k, v in (yaml.safe_load(there[grid.tier].read_text()) or {}).items() if k != "seeds"}
+    return {} if grid.tier is None else {k: v for k, v in tier_parameters(grid.notebook, grid.tier, root).items() if k != "seeds"}
 
 # %% ../nbs/23_grid.ipynb #365e55c7
 def library_key():

@@ -270,7 +270,7 @@ class _Part(TorchFunctionMode):
         whole = t.new_empty(t.shape[0] // self.count * self.total, *t.shape[1:])
         return whole if t.is_contiguous() or t.dim() != 4 else whole.contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/22_parallel.ipynb #8cc90ba3
+# %% ../nbs/22_parallel.ipynb #26325394
 _USAGE = """torchrun --nproc_per_node=N -m nskd.parallel PARAMETERS.yaml [NAME=VALUE ...]
 
 Distil with N processes, which compute what one would: the parameters (of nbs/distill.ipynb), batch_size
@@ -305,10 +305,8 @@ def _parameters(path, changes):
     "Checked parameters; ValueError of one sentence."
     import yaml
     from nskd.bring import BringParameters
-    from nskd.parameters import check_parameters
-    try: given = yaml.safe_load(open(path, encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ValueError(f"{path} can't be read as YAML: {str(e).splitlines()[0]}") from e
-    if not isinstance(given, dict): raise ValueError(f"{path} must hold lines of NAME: VALUE")
+    from nskd.parameters import check_parameters, read_yaml
+    given = read_yaml(path)
     for change in changes:
         name, given_value, value = change.partition("=")
         if not given_value: raise ValueError(f"{change!r} is no change of a parameter: write NAME=VALUE")

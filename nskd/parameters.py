@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'REAL', 'STUDENTS', 'NARROW', 'Names', 'Seeds', 'Budget', 'RunParameters', 'StudyParameters',
-           'DistillFields', 'DistillStudy', 'TableParameters', 'check_parameters', 'load_smoke', 'TeacherCell', 'Cell',
-           'table_cells']
+           'DistillFields', 'DistillStudy', 'TableParameters', 'check_parameters', 'load_smoke', 'read_yaml',
+           'tier_parameters', 'TeacherCell', 'Cell', 'table_cells']
 
-# %% ../nbs/11_parameters.ipynb #23a037ad
+# %% ../nbs/11_parameters.ipynb #8d3bad70
 import os, time
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Optional
 
+import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from .config import Config, one_of, pick_device, unknown_name
+from .config import Config, first_line, one_of, pick_device, unknown_name
 from .distillation import Alpha, DistillConfig
 from .models import list_models, _check_width
 from .runs import repo_root
@@ -34,7 +36,7 @@ STUDENTS = {"r34": ("r18", "mv2"), "wrn28": ("wrn16", "r18")}
 NARROW = {"wrn28": 1, "wrn16": 1, "wrn40": 1, "r18": 16, "r34": 16, "mv2": 0.25,
           "convnext_small": 1 / 12, "vit_tiny": 1 / 8, "vit_small": 1 / 8, "swin_tiny": 1 / 4}
 
-# %% ../nbs/11_parameters.ipynb #13cd0da5
+# %% ../nbs/11_parameters.ipynb #6fb259a1
 def _listed(value):
     "Commas in a string separate; a single value is a list of one."
     if isinstance(value, str): return [v.strip() for v in value.split(",")]
@@ -83,6 +85,7 @@ class Budget:
 class RunParameters(Config):
     "What every notebook that trains networks has: their widths, seeds, where they run and for how long."
     narrow: ClassVar[dict] = NARROW            # what width="narrow" means
+    absent: ClassVar[tuple] = ()               # shared parameters that a study's notebook has no use for
     width: Any = "narrow"
     seeds: Seeds = 1
     teacher_epochs: Optional[int] = Field(None, ge=1)
@@ -101,6 +104,12 @@ class RunParameters(Config):
         elif isinstance(width, str): one_of(width, ("narrow", "paper"), "width")
         else: _check_width(None, width)
         return width
+
+    @model_validator(mode="after")
+    def _no_use(self):
+        for name in self.absent:
+            if name in self.model_fields_set: raise ValueError(f"this notebook has no parameter {name!r}; it has {', '.join(f for f in type(self).model_fields if f not in self.absent)}")
+        return self
 
     @model_validator(mode="after")
     def _widths(self):
@@ -145,13 +154,6 @@ class DistillFields(Config):
 class DistillStudy(DistillFields, StudyParameters):
     "A study of distilled students: what all of them share."
     dataset: str = "digits"
-    absent: ClassVar[tuple] = ()        # shared parameters that a study's notebook has no use for
-
-    @model_validator(mode="after")
-    def _no_use(self):
-        for name in self.absent:
-            if name in self.model_fields_set: raise ValueError(f"this notebook has no parameter {name!r}; it has {', '.join(f for f in type(self).model_fields if f not in self.absent)}")
-        return self
 
     def options(self, **changes):
         "Of `DistillConfig`, what these parameters say, with `changes`."
@@ -184,7 +186,7 @@ class TableParameters(DistillStudy):
         teachers = list(STUDENTS) if self.teacher == "all" else [self.teacher]
         return [(t, s) for t in teachers for s in (STUDENTS[t] if self.students == ["paper"] else self.students)]
 
-# %% ../nbs/11_parameters.ipynb #45bc9e51
+# %% ../nbs/11_parameters.ipynb #ac58575e
 _CHECKED = "_nskd_parameters_checked"
 
 def check_parameters(namespace, model=TableParameters):
@@ -205,9 +207,20 @@ def check_parameters(namespace, model=TableParameters):
 
 def load_smoke(namespace, notebook):
     "Inside tests (IN_TEST), overwrite a notebook's parameters by those of params/smoke/<notebook>.yaml."
-    if "IN_TEST" not in os.environ: return
-    import yaml
-    namespace.update(yaml.safe_load((repo_root() / f"params/smoke/{notebook}.yaml").read_text()))
+    if "IN_TEST" in os.environ: namespace.update(tier_parameters(notebook, "smoke"))
+
+def read_yaml(path):
+    "The mapping in a YAML file; ValueError of one sentence where there is none."
+    try: said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ValueError(f"{path} can't be read as YAML: {first_line(str(e).replace(chr(10), ' '))}") from e
+    if not isinstance(said, dict): raise ValueError(f"{path} must hold lines of NAME: VALUE")
+    return said
+
+def tier_parameters(notebook, tier, root=None):
+    "What params/<tier>/<notebook>.yaml of the repository (or of `root`) says; ValueError names the tiers that there are."
+    there = {f.parent.name: f for f in sorted(((root or repo_root()) / "params").glob(f"*/{notebook}.yaml")) if f.parent.name not in ("grid", "queue")}
+    if tier not in there: raise ValueError(unknown_name(f"tier of {notebook},", tier, there))
+    return read_yaml(there[tier])
 
 # %% ../nbs/11_parameters.ipynb #633a155f
 class TeacherCell(Config):

@@ -6,27 +6,25 @@
 __all__ = ['Job', 'Queue', 'read_queue', 'queue_cells', 'read_log', 'run_slice', 'queue_status', 'status_text', 'publish_queue',
            'queue_summary']
 
-# %% ../nbs/24_slices.ipynb #6df1684f
+# %% ../nbs/24_slices.ipynb #d40fd5d0
 import itertools, re, time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
 import pandas as pd
-import yaml
 from pydantic import Field
 
 from .checkpoints import Checkpoints
-from .config import Config, first_line, one_of, pick_device, unknown_name
+from .config import Config, first_line, one_of, pick_device, threads, unknown_name
 from .data import load_dataset
 from .experiments import cell_teacher, distil_cell
 from .models import list_models
-from .parameters import METHODS, TableParameters, TeacherCell
+from .parameters import METHODS, TableParameters, TeacherCell, read_yaml, tier_parameters
 from .runs import Unfinished, lasting_runs, outputs_dir, provenance, read_json, repo_root, write_bytes, write_json
 from .sweeps import AlphaSweep
-from .teachers import threads
 
-# %% ../nbs/24_slices.ipynb #d3bca413
+# %% ../nbs/24_slices.ipynb #617142df
 _TABLES = {"table2": TableParameters, "table4": TableParameters, "table5": AlphaSweep}
 
 class Job(Config):
@@ -52,23 +50,20 @@ class Queue(Config):
 def read_queue(path):
     "The `Queue` in a YAML file; ValueError of one sentence for a table, a name or a value that is not there."
     path = Path(path)
-    try: said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(f"there is no queue file {path}") from None
-    except yaml.YAMLError as e: raise ValueError(f"{path} is no YAML: {first_line(str(e).replace(chr(10), ' '))}") from e
-    if not isinstance(said, dict) or "name" in said or not {"tier", "jobs"} <= set(said): raise ValueError(f"{path} must say tier and jobs, and may say parameters")
+    said = read_yaml(path)
+    if "name" in said or not {"tier", "jobs"} <= set(said): raise ValueError(f"{path} must say tier and jobs, and may say parameters")
     queue = Queue(name=path.stem, **said)
     queue_cells(queue)
     return queue
 
-# %% ../nbs/24_slices.ipynb #b4f065e2
+# %% ../nbs/24_slices.ipynb #4fc56edc
 def _parameters(queue, job):
     "The checked parameters of the table of `job`, and what `distill` is told besides."
     one_of(job.table, _TABLES, "table")
-    file = repo_root(Path(__file__).parent if "__file__" in globals() else None) / f"params/{queue.tier}/{job.table}.yaml"
-    if not file.exists(): raise ValueError(unknown_name(f"tier of {job.table},", queue.tier, sorted(f.parent.name for f in file.parents[1].glob(f"*/{job.table}.yaml"))))
+    root = repo_root(Path(__file__).parent if "__file__" in globals() else None)
     more = dict(queue.parameters)
     part = {"checkpoint_part_mb": more.pop("checkpoint_part_mb")} if "checkpoint_part_mb" in more else {}
-    given = {**(yaml.safe_load(file.read_text()) or {}), **more, **({"teacher": job.teacher} if job.teacher else {})}
+    given = {**tier_parameters(job.table, queue.tier, root), **more, **({"teacher": job.teacher} if job.teacher else {})}
     model = _TABLES[job.table]
     for name in given:
         if name not in model.model_fields: raise ValueError(unknown_name("parameter", name, model.model_fields))
