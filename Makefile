@@ -20,8 +20,10 @@ unexport JUPYTER_PATH
 
 # All tables and figures, the ledger of claims last: it reads what the others leave.
 NOTEBOOKS := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/figure*.ipynb nbs/table*.ipynb nbs/protocol.ipynb nbs/theory.ipynb))) claims
-# Ours, for those who want to use the method, and on its speed: run by name, not by `make tables`.
-STUDIES := track_record deployment benchmark precision
+# The companion papers'.
+COMPANIONS := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/functional_*.ipynb nbs/luminet_*.ipynb nbs/singer_*.ipynb)))
+# Ours, for those who want to use the method, and on its speed. These and the companions are run by name, not by `make tables`.
+STUDIES := $(COMPANIONS) track_record deployment benchmark precision recipe
 # A recipe line with $(MAKE) itself would run under `make -n` too.
 AGAIN := $(MAKE)
 

@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'EARNEST', 'BringParameters', 'begun_with', 'demo_teacher', 'optional_data', 'unlabelled_images',
            'recalibration_inputs', 'ledger_with_statistics']
 
-# %% ../nbs/21_bring.ipynb #99ec3313
+# %% ../nbs/21_bring.ipynb #3571439a
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -18,12 +18,13 @@ from .data import list_datasets, load_dataset, _mean_std
 from .distillation import Alpha, DistillConfig
 from .export import export_program
 from .image_files import _Files, _is_image
-from .parameters import DistillFields, _device, _listed
+from .parameters import DistillFields, Recipe, _device, _listed
+from .recipes import with_recipe
 from .runs import LEDGER_PLACES, make_ledger, outputs_dir, read_json
 from .samplers import create_sampler
 from .teachers import TeacherRecipe, train_teacher
 
-# %% ../nbs/21_bring.ipynb #a67b69de
+# %% ../nbs/21_bring.ipynb #49d0c666
 def _shape(value):
     try: shape = tuple(int(v) for v in _listed(value))
     except (TypeError, ValueError): shape = ()
@@ -49,7 +50,8 @@ class BringParameters(DistillFields):
     recalibrate: str = ""
     force: bool = False
     alpha: Alpha = "auto"
-    schedule: Literal["plateau", "cosine", "constant"] = "plateau"        # none that looks at labels
+    recipe: Recipe = "paper"
+    schedule: Literal["plateau", "cosine", "linear", "constant"] = "plateau"        # none that looks at labels
     budget_seconds: Optional[float] = Field(None, gt=0)
     preflight_seconds: float = Field(60.0, gt=0)
     seed: int = Field(0, ge=0)
@@ -72,7 +74,8 @@ class BringParameters(DistillFields):
         # preflight asks as often as its seconds allow: on a busy machine it may choose otherwise the second time
         if self.alpha == "auto": alpha = begun_with(self.directory() / "run", alpha)
         names = ("steps", "batch_size", "k", "tau", "lr", "schedule", "plateau_patience", "eval_every", "budget_seconds", "seed", "precision", "device")
-        return DistillConfig(**{n: getattr(self, n) for n in names}, checkpoint_every=self.eval_every, alpha=0.5 if alpha is None else alpha,
+        options = with_recipe(self.recipe, {n: getattr(self, n) for n in names})
+        return DistillConfig(**options, checkpoint_every=options["eval_every"], alpha=0.5 if alpha is None else alpha,
                              teacher_mode="rs" if alpha == 0 else "auto")
 
     def build(self, classes):

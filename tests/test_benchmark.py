@@ -10,13 +10,14 @@ from nskd.experiments import check_parameters
 from nskd.samplers import rejection_sample
 from test_tables import check_smoke_results
 
-CLAIMS = {"benchmark": 5, "precision": 2}
+CLAIMS = {"benchmark": 5, "precision": 2, "recipe": 13}
 
 
 def test_smoke_run_leaves_its_results(smoke):
     base, done = smoke
     check_smoke_results(base, done, "benchmark", 5)
     check_smoke_results(base, done, "precision", 2)
+    check_smoke_results(base, done, "recipe", 13)
     records = pd.read_csv(base/"benchmark/records.csv")
     assert (records.ratio > 0).all() and (records.roofline_fraction > 0).all() and (records.peak_mb_ours > 50).all()
 
@@ -35,7 +36,7 @@ def test_both_loops_ask_the_same_question(norm):
     plain, ours = Plain(Case("digits", "cpu", norm, "fp32", 2, 24)), Ours(Case("digits", "cpu", norm, "fp32", 2, 24))
     with torch.no_grad(): torch.testing.assert_close(plain.teacher(x), ours.job.supervise.query(x), rtol=1e-3, atol=1e-3)
     assert plain.step() > 0
-    ours.step()
+    ours.step(); ours.close()
     assert ours.job.step == 1
 
 

@@ -1,4 +1,4 @@
-"""The notebooks that look at teachers, run by papermill as a user would, and the ways to get a parameter wrong."""
+"""The notebooks that look at teachers at the smoke tier, and the ways to get a parameter wrong."""
 import pandas as pd
 import pytest
 

@@ -13,8 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 MODULES = sorted((ROOT/"nskd").glob("*.py"))
 RUNS = {p.stem for p in NOTEBOOKS if re.fullmatch("(table|figure)[0-9]+|protocol|theory|claims", p.stem)}     # by `make tables`
+# By name only: the companions' and ours.
+STUDIES = {p.stem for p in NOTEBOOKS if re.fullmatch("(functional|luminet|singer)_.*", p.stem)} | {"track_record", "deployment", "benchmark", "precision", "recipe"}
 # These are run by papermill, so each must have a cell of parameters.
-PARAMETERISED = re.compile(r"(table|figure|luminet_|functional_|singer_|distill|theory|claims|protocol|track_record|deployment|benchmark|precision).*\.ipynb")
+PARAMETERISED = re.compile(r"(table|figure|luminet_|functional_|singer_|distill|theory|claims|protocol|track_record|deployment|benchmark|precision|recipe).*\.ipynb")
 
 
 def read(path): return json.loads(path.read_text(encoding="utf-8"))
@@ -191,7 +193,7 @@ class TestMake:
 
     def test_every_notebook_has_a_target(self):
         plan = lambda *words: self.make("-n", "-o", ".venv/.ok", *words).stdout
-        for name in RUNS - {"table2", "table4", "claims"} | {"track_record", "deployment", "benchmark", "precision"}:
+        for name in RUNS - {"table2", "table4", "claims"} | STUDIES:
             assert f".venv/bin/papermill nbs/{name}.ipynb 'outputs/{name}.ipynb'  -p seeds 2\n" in plan(name, "ARGS=-p seeds 2"), name
         assert ".venv/bin/papermill nbs/claims.ipynb 'outputs/claims.ipynb' -p source fresh -p absent all" in plan("claims")
         assert "'elsewhere/t.ipynb'" in plan("table7", "OUT=elsewhere/t.ipynb") and "mkdir" in plan("tables")

@@ -1,4 +1,4 @@
-"""The two studies for practitioners, run by papermill at the smoke tier, and the ways to get a parameter wrong."""
+"""The two studies for practitioners, at the smoke tier, and the ways to get a parameter wrong."""
 import pandas as pd
 import pytest
 

@@ -1,4 +1,4 @@
-"""The notebooks that vary one thing at a time, run by papermill as a user would, and the ways to get a parameter wrong."""
+"""The notebooks that vary one thing at a time at the smoke tier, and the ways to get a parameter wrong."""
 import pandas as pd
 import pytest
 

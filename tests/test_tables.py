@@ -1,13 +1,19 @@
 """Table notebooks, run by papermill as a user would: a run, a second run, and the ways to get a parameter wrong."""
-import json, os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys, traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
+from execnb.shell import CaptureShell
 from papermill.cli import _resolve_type
-from papermill.iorw import load_notebook_node
+from papermill.iorw import load_notebook_node, write_ipynb
 from papermill.parameterize import parameterize_notebook
+
+from nskd.config import threads
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -18,18 +24,28 @@ def papermill(repo, notebook, output, *args, outputs=None):
                           cwd=output.parent, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def smoke_runs(repo, base, *groups):
-    "Notebooks at the smoke tier into the folder `base`, two groups at a time, a group one after the other: {name: finished process}."
-    def run(names): return [(n, papermill(repo, n, base/f"{n}.ipynb", "-f", repo/f"params/smoke/{n}.yaml")) for n in names]
-    with ThreadPoolExecutor(2) as pool: return dict(sum(pool.map(run, groups), []))
+def run_here(repo, notebook, output, *args):
+    "As `papermill`: its words, its injected cell, and the executed notebook, in a shell of this process; a kernel for each would take seconds."
+    write_ipynb(with_parameters(repo, notebook, args), str(output))
+    with pytest.MonkeyPatch.context() as m, threads(1):
+        m.setenv("NSKD_OUTPUTS", str(output.parent)); m.delenv("IN_TEST", raising=False); m.chdir(output.parent); m.setattr(sys, "path", list(sys.path))
+        try: CaptureShell().execute(str(output), str(output), exc_stop=True)
+        except Exception as e: return SimpleNamespace(returncode=1, stderr="".join(traceback.format_exception(e)))
+        finally: plt.close("all")
+    return SimpleNamespace(returncode=0, stderr="")
 
 
-def check_smoke_results(base, done, name, claims):
-    "What every notebook leaves behind, its number of claims among it; the claims themselves."
+def smoke_runs(repo, base, names):
+    "Notebooks at the smoke tier into the folder `base`, one after the other: {name: how it ended}."
+    return {n: run_here(repo, n, base/f"{n}.ipynb", "-f", repo/f"params/smoke/{n}.yaml") for n in names}
+
+
+def check_smoke_results(base, done, name, claims, prefix=None):
+    "What every notebook leaves behind, its number of claims among it, their ids below `prefix` (default: the notebook's name); the claims themselves."
     assert done[name].returncode == 0, done[name].stderr[-2000:]
     assert {p.name for p in (base/name).iterdir()} == {"records.csv", "table.csv", "claims.json", "summary.md", "results.json", "figure.png"}
     found = json.loads((base/name/"claims.json").read_text())
-    assert len(found) == claims == len({c["id"] for c in found}) and {c["id"].split(".")[0] for c in found} == {name}
+    assert len(found) == claims == len({c["id"] for c in found}) and {c["id"].split(".")[0] for c in found} == {prefix or name}
     assert {c["verdict"] for c in found} <= {"holds", "fails", "inconclusive"}
     assert json.loads((base/name/"results.json").read_text())["provenance"]["versions"]["torch"]
     return found
@@ -40,8 +56,14 @@ def parameters(words):
     given, words = {}, list(words)
     while words:
         option = words.pop(0)
-        given |= {words.pop(0): _resolve_type(words.pop(0))} if option == "-p" else yaml.safe_load(words.pop(0))
+        if option == "-p": given |= {words.pop(0): _resolve_type(words.pop(0))}
+        else: given |= yaml.safe_load(words.pop(0) if option == "-y" else Path(words.pop(0)).read_text())
     return given
+
+
+def with_parameters(repo, name, args):
+    "The notebook as papermill injects it, with the words of its command line."
+    return parameterize_notebook(load_notebook_node(str(repo/f"nbs/{name}.ipynb")), parameters(args))
 
 
 def check_refused(repo, tmp_path, name, args, words, folder=None):
@@ -49,7 +71,7 @@ def check_refused(repo, tmp_path, name, args, words, folder=None):
 
     papermill's words and its injected cell, but the cells run here: a kernel for each would take seconds.
     """
-    notebook = parameterize_notebook(load_notebook_node(str(repo/f"nbs/{name}.ipynb")), parameters(args))
+    notebook = with_parameters(repo, name, args)
     with pytest.MonkeyPatch.context() as m, pytest.raises((ValueError, OSError)) as said:
         m.setenv("NSKD_OUTPUTS", str(tmp_path/"results")); m.delenv("IN_TEST", raising=False); m.chdir(folder or tmp_path)
         namespace = {"__name__": "__main__"}

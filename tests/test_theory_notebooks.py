@@ -1,4 +1,4 @@
-"""Theory, Table 8 and Table 9, run by papermill as a user would."""
+"""Theory, Table 8 and Table 9, at the smoke tier."""
 import json
 
 import pandas as pd
@@ -17,7 +17,7 @@ NOTEBOOKS = {"theory": 29, "table8": 16, "table9": 9}            # claims in eac
 def runs(repo, tmp_path_factory):
     "All three at the smoke tier; the tables share their networks and measurements."
     base = tmp_path_factory.mktemp("theory")
-    return base, smoke_runs(repo, base, ["theory"], ["table8", "table9"])
+    return base, smoke_runs(repo, base, NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
