@@ -198,6 +198,14 @@ class TestMake:
         assert ".venv/bin/papermill nbs/claims.ipynb 'outputs/claims.ipynb' -p source fresh -p absent all" in plan("claims")
         assert "'elsewhere/t.ipynb'" in plan("table7", "OUT=elsewhere/t.ipynb") and "mkdir" in plan("tables")
 
+    def test_what_nbdev_test_leaves_out_is_run_by_pytest(self):
+        plan = self.make("-n", "-o", ".venv/.ok", "test").stdout
+        skipped = {p.stem for p in NOTEBOOKS if re.search(re.search(r"--skip_file_re '(.*?)'", plan)[1], p.name)}
+        text = {p.name: p.read_text() for p in (ROOT/"tests").glob("test_*.py")}
+        run = {n for t in text.values() for n in re.findall(r'papermill\(repo, "(\w+)"|\("\w+", "(\w+)"\)', t) for n in n if n}
+        for t in text.values(): run |= {n for d in re.findall(r"^(?:CLAIMS|NOTEBOOKS) = (\{.*?\})", t, re.M) for n in ast.literal_eval(d)}
+        assert skipped and skipped == {p.stem for p in NOTEBOOKS if parameter_cells(read(p))} and skipped <= run
+
     def test_tables_runs_all_goes_on_after_a_failure_and_names_it(self, tmp_path):
         shutil.copy(ROOT/"Makefile", tmp_path)
         for name in ("requirements.txt", "pyproject.toml", ".venv/bin/x", "nbs/table2.ipynb", "nbs/figure1.ipynb", "nbs/theory.ipynb", "nbs/claims.ipynb",

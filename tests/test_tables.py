@@ -1,7 +1,6 @@
 """Table notebooks, run by papermill as a user would: a run, a second run, and the ways to get a parameter wrong."""
 import json, os, shutil, subprocess, sys, traceback
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -10,7 +9,7 @@ import pytest
 import yaml
 from execnb.shell import CaptureShell
 from papermill.cli import _resolve_type
-from papermill.iorw import load_notebook_node, write_ipynb
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from nskd.config import threads
@@ -24,12 +23,11 @@ def papermill(repo, notebook, output, *args, outputs=None):
                           cwd=output.parent, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def run_here(repo, notebook, output, *args):
-    "As `papermill`: its words, its injected cell, and the executed notebook, in a shell of this process; a kernel for each would take seconds."
-    write_ipynb(with_parameters(repo, notebook, args), str(output))
+def run_smoke(repo, notebook, output):
+    "The notebook as `nbdev_test` runs it, in its shell and at the smoke tier, but in this process and kept in `output`: a kernel would take seconds."
     with pytest.MonkeyPatch.context() as m, threads(1):
-        m.setenv("NSKD_OUTPUTS", str(output.parent)); m.delenv("IN_TEST", raising=False); m.chdir(output.parent); m.setattr(sys, "path", list(sys.path))
-        try: CaptureShell().execute(str(output), str(output), exc_stop=True)
+        m.setenv("NSKD_OUTPUTS", str(output.parent)); m.setenv("IN_TEST", "1"); m.chdir(repo/"nbs"); m.setattr(sys, "path", list(sys.path))
+        try: CaptureShell().execute(str(repo/f"nbs/{notebook}.ipynb"), str(output), exc_stop=True)
         except Exception as e: return SimpleNamespace(returncode=1, stderr="".join(traceback.format_exception(e)))
         finally: plt.close("all")
     return SimpleNamespace(returncode=0, stderr="")
@@ -37,7 +35,7 @@ def run_here(repo, notebook, output, *args):
 
 def smoke_runs(repo, base, names):
     "Notebooks at the smoke tier into the folder `base`, one after the other: {name: how it ended}."
-    return {n: run_here(repo, n, base/f"{n}.ipynb", "-f", repo/f"params/smoke/{n}.yaml") for n in names}
+    return {n: run_smoke(repo, n, base/f"{n}.ipynb") for n in names}
 
 
 def check_smoke_results(base, done, name, claims, prefix=None):
@@ -56,14 +54,8 @@ def parameters(words):
     given, words = {}, list(words)
     while words:
         option = words.pop(0)
-        if option == "-p": given |= {words.pop(0): _resolve_type(words.pop(0))}
-        else: given |= yaml.safe_load(words.pop(0) if option == "-y" else Path(words.pop(0)).read_text())
+        given |= {words.pop(0): _resolve_type(words.pop(0))} if option == "-p" else yaml.safe_load(words.pop(0))
     return given
-
-
-def with_parameters(repo, name, args):
-    "The notebook as papermill injects it, with the words of its command line."
-    return parameterize_notebook(load_notebook_node(str(repo/f"nbs/{name}.ipynb")), parameters(args))
 
 
 def check_refused(repo, tmp_path, name, args, words, folder=None):
@@ -71,7 +63,7 @@ def check_refused(repo, tmp_path, name, args, words, folder=None):
 
     papermill's words and its injected cell, but the cells run here: a kernel for each would take seconds.
     """
-    notebook = with_parameters(repo, name, args)
+    notebook = parameterize_notebook(load_notebook_node(str(repo/f"nbs/{name}.ipynb")), parameters(args))
     with pytest.MonkeyPatch.context() as m, pytest.raises((ValueError, OSError)) as said:
         m.setenv("NSKD_OUTPUTS", str(tmp_path/"results")); m.delenv("IN_TEST", raising=False); m.chdir(folder or tmp_path)
         namespace = {"__name__": "__main__"}
