@@ -32,10 +32,10 @@ from .parameters import Names, _device
 from .plots import use_style
 from .samplers import create_sampler
 
-# %% ../nbs/25_benchmark.ipynb #acb2dd79
+# %% ../nbs/25_benchmark.ipynb #030140e9
 CASES = {
     "digits": dict(teacher=("wrn28", 1), student=("wrn16", 1), shape=(1, 8, 8), batch_size={"cpu": 256, "cuda": 1024}, steps={"cpu": 8, "cuda": 10}),
-    "cifar": dict(teacher=("r34", None), student=("r18", None), shape=(3, 32, 32), batch_size={"cpu": 128, "cuda": 1024}, steps={"cpu": 2, "cuda": 3}),
+    "cifar": dict(teacher=("r34", None), student=("r18", None), shape=(3, 32, 32), batch_size={"cpu": 128, "cuda": 1024}, steps={"cpu": 1, "cuda": 3}),
     "cifar-wrn": dict(teacher=("wrn28", 10), student=("wrn16", 8), shape=(3, 32, 32), batch_size={"cpu": 64, "cuda": 512}, steps={"cpu": 1, "cuda": 2}),
 }
 
