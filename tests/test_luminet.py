@@ -11,50 +11,43 @@ from nskd.distillation import DistillConfig, distill
 from nskd.losses import kd_loss, luminet_loss
 from nskd.models import create_model
 from nskd.samplers import create_sampler
-from test_tables import check_refused, check_smoke_results, smoke_runs
+from test_tables import check_refused, check_smoke_results
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLAIMS = {"luminet_table1": 7, "luminet_table8": 8, "luminet_theory": 10, "luminet_noise": 10}
 EXACT = {"luminet.theorem-1": "fails", "luminet.theorem-1-sample": "fails", "luminet.theorem-1-entropy": "fails", "luminet.gradient-full": "holds", "luminet.gradient-centred": "holds"}
 
 
-@pytest.fixture(scope="module")
-def runs(repo, tmp_path_factory):
-    "All four at the smoke tier; the first two share their students."
-    base = tmp_path_factory.mktemp("luminet")
-    return base, smoke_runs(repo, base, CLAIMS)
-
-
 @pytest.mark.parametrize("name", CLAIMS)
-def test_smoke_runs_succeed_and_leave_their_results(runs, name):
-    claims = check_smoke_results(*runs, name, CLAIMS[name], prefix="luminet")
+def test_smoke_runs_succeed_and_leave_their_results(smoke, name):
+    claims = check_smoke_results(*smoke, name, CLAIMS[name], prefix="luminet")
     # what is exact has its verdict from one seed on; no other claim has
     assert {c["id"]: c["verdict"] for c in claims if c["verdict"] != "inconclusive"} == (EXACT if name == "luminet_theory" else {})
-    assert (runs[0]/f"{name}.ipynb").stat().st_size < 400_000
+    assert (smoke[0]/f"{name}.ipynb").stat().st_size < 400_000
 
 
-def test_the_papers_claims_are_numbered_once_each(runs):
-    sources = [c["source"] for name in CLAIMS for c in json.loads((runs[0]/name/"claims.json").read_text())]
+def test_the_papers_claims_are_numbered_once_each(smoke):
+    sources = [c["source"] for name in CLAIMS for c in json.loads((smoke[0]/name/"claims.json").read_text())]
     numbers = [int(s.removeprefix("LumiNet, claim ").split(":")[0]) for s in sources if s.startswith("LumiNet, claim ")]
     assert sorted(numbers) == list(range(1, len(numbers) + 1)) and len(numbers) >= 8
     assert all(s.startswith(("LumiNet, claim ", "ours, on LumiNet, ")) for s in sources)
 
 
-def test_table_8_trains_nothing_that_table_1_has_trained(runs):
-    one, eight = (pd.read_csv(runs[0]/t/"records.csv") for t in ("luminet_table1", "luminet_table8"))
+def test_table_8_trains_nothing_that_table_1_has_trained(smoke):
+    one, eight = (pd.read_csv(smoke[0]/t/"records.csv") for t in ("luminet_table1", "luminet_table8"))
     assert eight.cached.all() and set(eight.method) == {"ce", "kd", "luminet"}
     key = ["pair", "method", "seed", "accuracy"]
     assert set(map(tuple, eight[key].values)) <= set(map(tuple, one[one.role == "judged"][key].values))
 
 
-def test_no_seed_is_both_tuned_on_and_judged(runs):
+def test_no_seed_is_both_tuned_on_and_judged(smoke):
     for name in ("luminet_table1", "luminet_noise"):
-        records = pd.read_csv(runs[0]/name/"records.csv")
+        records = pd.read_csv(smoke[0]/name/"records.csv")
         assert set(records.role) == {"judged", "tuning"} and not set(records[records.role == "tuning"].seed) & set(records[records.role == "judged"].seed)
 
 
-def test_noise_students_have_seen_no_data(runs):
-    records = pd.read_csv(runs[0]/"luminet_noise/records.csv")
+def test_noise_students_have_seen_no_data(smoke):
+    records = pd.read_csv(smoke[0]/"luminet_noise/records.csv")
     assert records.data_free.all() and set(records.loss) == {"kd", "luminet"} and records[["cs", "restored_cs"]].notna().all(axis=None)
 
 

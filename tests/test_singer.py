@@ -8,21 +8,14 @@ import torch
 from nskd.artifacts import amplified, artifact_direction, artifact_report, plant_artifacts
 from nskd.models import create_model
 from nskd.singer import Singer, SingerAdapter, block_features, left_nullspace, linearised_ffn, transformer_blocks
-from test_tables import check_refused, check_smoke_results, smoke_runs
+from test_tables import check_refused, check_smoke_results
 
 CLAIMS = {"singer_table1": 21, "singer_table4": 23, "singer_figures": 14}
 
 
-@pytest.fixture(scope="module")
-def singer_smoke(repo, tmp_path_factory):
-    "One after the other, since all three share teachers and students."
-    base = tmp_path_factory.mktemp("singer")
-    return base, smoke_runs(repo, base, CLAIMS)
-
-
 @pytest.mark.parametrize("name", CLAIMS)
-def test_smoke_runs_succeed_and_leave_their_results(singer_smoke, name):
-    base, done = singer_smoke
+def test_smoke_runs_succeed_and_leave_their_results(smoke, name):
+    base, done = smoke
     check_smoke_results(base, done, name, CLAIMS[name])
     assert set(pd.read_csv(base/name/"records.csv").seed) == {0}
 

@@ -7,35 +7,28 @@ import pytest
 from nskd.attention_runs import AttentionParameters, run_attention
 from nskd.experiments import check_parameters
 from nskd.theory_runs import TheoryParameters, run_theory
-from test_tables import check_smoke_results, smoke_runs
+from test_tables import check_smoke_results
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-NOTEBOOKS = {"theory": 29, "table8": 16, "table9": 9}            # claims in each
+CLAIMS = {"theory": 29, "table8": 16, "table9": 9}            # claims in each
 
 
-@pytest.fixture(scope="module")
-def runs(repo, tmp_path_factory):
-    "All three at the smoke tier; the tables share their networks and measurements."
-    base = tmp_path_factory.mktemp("theory")
-    return base, smoke_runs(repo, base, NOTEBOOKS)
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_smoke_run_leaves_its_results(runs, name):
-    base, done = runs
-    check_smoke_results(base, done, name, NOTEBOOKS[name])
+@pytest.mark.parametrize("name", CLAIMS)
+def test_smoke_run_leaves_its_results(smoke, name):
+    base, done = smoke
+    check_smoke_results(base, done, name, CLAIMS[name])
     assert (base/f"{name}.ipynb").stat().st_size < 300_000
 
 
-def test_what_does_not_depend_on_training_has_its_verdict_at_once(runs):
-    verdict = {c["id"]: c["verdict"] for c in json.loads((runs[0]/"theory/claims.json").read_text())}
+def test_what_does_not_depend_on_training_has_its_verdict_at_once(smoke):
+    verdict = {c["id"]: c["verdict"] for c in json.loads((smoke[0]/"theory/claims.json").read_text())}
     for id in ("lemma-7.1-moments", "lemma-7.1-conditional", "lemma-b1", "weight-bounds", "shift-rs", "shift-layers", "shift-cs", "prop-5.1-finite", "prop-5.1-zero"):
         assert verdict[f"theory.{id}"] == "holds", id
     assert verdict["theory.shift-cs-any-input"] == "fails"          # (A1) fails as well, but over five seeds
 
 
-def test_table_9_measures_nothing_that_table_8_has_measured(runs):
-    a, b = (pd.read_csv(runs[0]/t/"records.csv") for t in ("table8", "table9"))
+def test_table_9_measures_nothing_that_table_8_has_measured(smoke):
+    a, b = (pd.read_csv(smoke[0]/t/"records.csv") for t in ("table8", "table9"))
     assert b.cached.all()
     pd.testing.assert_frame_equal(a.drop(columns=["cached"]), b.drop(columns=["cached"]))
 
