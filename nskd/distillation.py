@@ -35,7 +35,7 @@ from .teachers import pick_threads, train_teacher
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
-# %% ../nbs/09_distillation.ipynb #33898b51
+# %% ../nbs/09_distillation.ipynb #7f3d4294
 Alpha = Annotated[Any, BeforeValidator(lambda v: v if v == "auto" else _check_alpha(v))]        # a float from 0 to 1, or "auto"
 
 Schedule = Literal["plateau", "cosine", "linear", "constant", "plateau_on_test_accuracy"]
@@ -118,6 +118,11 @@ class DistillConfig(Config):
         left = {"cosine": 0.5 * (1 + math.cos(math.pi * step / self.steps)), "linear": 1 - step / self.steps}.get(self.schedule, 1.0)
         return left * min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
 
+    def asks(self, k):
+        "Batches that the teacher is asked about in a step with `k`."
+        if self.pool_size: return 0 if self.target_contexts else 1
+        return 1 if k == 1 or self.prefilter else k + self.requery
+
     def images(self, step):
         "Noise images drawn in `step`, or, from a fixed pool, used."
         return self.batch_at(step) * (1 if self.pool_size else self.k_at(step))
@@ -139,7 +144,7 @@ def step_seed(seed, step):
     "A seed for `step` (a number or a name) of run `seed`: their hash, 0 … 2**63 - 1."
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/09_distillation.ipynb #48846406
+# %% ../nbs/09_distillation.ipynb #e1e4caef
 class Supervisor:
     """One batch of noise and the teacher's answers a call: `inputs (B, C, H, W), logits (B, classes)`.
 
@@ -188,9 +193,7 @@ class Supervisor:
 
     @property
     def asks(self):
-        if self.cfg.pool_size: return 0 if self.cfg.target_contexts else 1
-        k = max(self.cfg.k, self.cfg.k_end or 1)
-        return 1 if k == 1 or self.cfg.prefilter else k + self.cfg.requery
+        return self.cfg.asks(max(self.cfg.k, self.cfg.k_end or 1))
 
     def query(self, x):
         if self.abandoned: raise CancelledError("nobody waits for this batch any more")

@@ -39,7 +39,7 @@ def with_recipe(recipe, options):
     more = {name: FAST_STEPS * options[name] for name in ("steps", "eval_every") if name in options}
     return {**options, **FAST, **more}
 
-# %% ../nbs/09c_recipes.ipynb #f88c9e77
+# %% ../nbs/09c_recipes.ipynb #dc9ad0dd
 @dataclass
 class Flops:
     "FLOPs for one image: `teacher` and `student` forward, `training` the student forward and backward."
@@ -67,11 +67,8 @@ def run_flops(cfg, flops):
     return total
 
 def _step_flops(cfg, k, size, flops):
-    if cfg.pool_size: asked, filtered = 0 if cfg.target_contexts else 1, 0
-    elif k == 1: asked, filtered = 1, 0
-    elif cfg.prefilter: asked, filtered = 1, k
-    else: asked, filtered = k + cfg.requery, 0
-    return size * (asked * flops.teacher + filtered * flops.student + flops.training)
+    filtered = k if cfg.prefilter and k > 1 else 0
+    return size * (cfg.asks(k) * flops.teacher + filtered * flops.student + flops.training)
 
 def steps_within(cfg, flops, budget):
     "How many steps of `cfg` cost at most `budget` FLOPs; ValueError where not even one does."
