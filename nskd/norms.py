@@ -148,45 +148,50 @@ def _shaped(p, z, axis):
     if p is None or p.dim() > 1: return p
     return p.view([-1 if d == axis else 1 for d in range(z.dim())])
 
-# %% ../nbs/02_norms.ipynb #dfaade2d
+# %% ../nbs/02_norms.ipynb #8aa993d8
 def _has_closed_form(norm, x):
     "Whether the closed form is there (a GroupNorm of a map, a batch of one process, no gradient) and faster (measured: on a CPU not for LN's maps below 8x8)."
     if sharing(): return False
     frozen = not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in norm.parameters()))
     return type(norm).forward is nn.GroupNorm.forward and frozen and x.dim() > 2 and (x.is_cuda or norm.num_groups > 1 or x[0, 0].numel() >= 64)
 
-def _position_moments(x):
-    "Mean and biased variance over the positions of each sample and channel, (N, C) each."
+def _position_moments(x, z):
+    "Mean and biased variance over the positions of each sample and channel, (N, C) each; `z` is `x` in float32 or better."
     n, c = x.shape[:2]
-    if x.is_cuda: return torch.var_mean(x.flatten(2).float(), 2, correction=0)[::-1]
-    if x[0, 0].numel() < 1024: return _small_moments(x.flatten(2))
-    one = torch.ones(c, dtype=torch.promote_types(x.dtype, torch.float32))          # keeps a bfloat16 map's statistics in float32
+    if x.is_cuda: return torch.var_mean(z.flatten(2), 2, correction=0)[::-1]
+    if x[0, 0].numel() < 1024: return _small_moments(z.flatten(2), rounded=z is not x)
+    one = torch.ones(c, dtype=z.dtype)                                          # keeps a bfloat16 map's statistics in float32
     _, mean, rstd = torch.native_group_norm(x, one, one, n, c, x[0, 0].numel(), c, 0.0)
     return mean, rstd.pow(-2)
 
-def _small_moments(x):
-    "As above, of small maps (N, C, positions): their kernel takes longer than three passes over what fits the cache."
-    first = x[:, :, :1].to(torch.promote_types(x.dtype, torch.float32))
-    d = x - first                                                               # else a large mean would cost the variance its digits
-    mean = d.mean(2)
-    return mean + first[:, :, 0], (d.square_().mean(2) - mean.square()).clamp_min_(0)
+def _small_moments(z, rounded):
+    "As above, of small maps (N, C, positions): their kernel takes longer than some passes over what fits the cache."
+    share = 1 / z.shape[2]                                                      # Tensor.mean takes twice as long as a sum
+    if rounded:                # from bfloat16: a variance that these sums lose was lost before
+        mean = z.sum(2).mul_(share)
+        return mean, z.square().sum(2).mul_(share).addcmul_(mean, mean, value=-1).clamp_min_(0)
+    first = z[:, :, :1]
+    d = z - first                                                               # else a large mean would cost the variance its digits
+    mean = d.sum(2).mul_(share)
+    return mean + first[:, :, 0], d.square_().sum(2).mul_(share).addcmul_(mean, mean, value=-1).clamp_min_(0)
 
 def _in_closed_form(norm, x, alpha):
     "Algorithm 1 for a GroupNorm, without gradient."
-    mean, var = _position_moments(x)
-    m, v = (t.view(len(x), norm.num_groups, -1) for t in (mean, var))        # (N, G, C/G)
+    n, groups = len(x), norm.num_groups
+    # in float32 for a bfloat16 map too: a channel that hardly varies has a large scale, and a shift that cancels it
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    m, v = (t.view(n, groups, -1) for t in _position_moments(x, z))          # (N, G, C/G)
     centre = m.mean(2, keepdim=True)
     d = m - centre                                                           # Tensor.var takes ten times as long as these means
-    rstd = (v.mean(2, keepdim=True) + d.square().mean(2, keepdim=True)).add_(norm.eps).rsqrt_()
+    rstd = torch.addcmul(v, d, d).mean(2, keepdim=True).add_(norm.eps).rsqrt_()
     zm, zv = (d * rstd).flatten(1), (v * rstd.square()).flatten(1)           # moments of the normalised sample
     mean = zm.mean(0)
-    scale, shift = _blend(mean, (zv.mean(0) + (zm - mean).square_().mean(0)).add_(norm.eps).rsqrt_(), alpha)
+    between = zm - mean
+    scale, shift = _blend(mean, zv.addcmul_(between, between).mean(0).add_(norm.eps).rsqrt_(), alpha)
     if norm.affine: scale, shift = norm.weight * scale, norm.weight * shift + norm.bias
-    by_sample = rstd * scale.view(1, norm.num_groups, -1)                    # (N, G, C/G)
-    shift = shift.view(1, norm.num_groups, -1) - centre * by_sample
+    by_sample = rstd * scale.view(1, groups, -1)                             # (N, G, C/G)
+    shift = torch.addcmul(shift.view(1, groups, -1), centre, by_sample, value=-1)
     scale, shift = (t.reshape(*x.shape[:2], *[1] * (x.dim() - 2)) for t in (by_sample, shift))
-    # in float32 for a bfloat16 map too: a channel that hardly varies has a large scale, and a shift that cancels it
-    z = x.to(scale.dtype)
     return (torch.addcmul(shift, z, scale) if z is x else torch.addcmul(shift, z, scale, out=z)).to(x.dtype)
 
 # %% ../nbs/02_norms.ipynb #bb75d64f
