@@ -30,7 +30,7 @@ from .plots import use_style
 from .runs import claim
 from .sweeps import Sweep, _values
 
-# %% ../nbs/31e_luminet_runs.ipynb #4018b38c
+# %% ../nbs/31e_luminet_runs.ipynb #e7706ae6
 Taus = Annotated[list[float], _values(float, "taus", 1e-6)]
 TuneSeeds = Annotated[list[int], BeforeValidator(lambda v: _seeds(v if isinstance(v, list) else [v]))]
 
@@ -47,8 +47,8 @@ class _Students(StudyParameters):
     dataset: str = "digits100"
     seeds: Seeds = 5
     epochs: int = Field(2, ge=1)
-    batch_size: int = Field(64, ge=2)
-    lr: float = Field(0.05, gt=0)
+    batch_size: int = Field(128, ge=2)
+    lr: float = Field(0.6, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def cell(self, seed, student, method, tau=4.0, weight=8.0):
