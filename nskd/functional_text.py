@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'Text', 'load_text', 'TextTask', 'CharGPT', 'PreparedText', 'LanguageStudy']
 
-# %% ../nbs/30c_functional_text.ipynb #bcbbdf77
+# %% ../nbs/30c_functional_text.ipynb #69c767bd
 import hashlib, os, urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
-from .config import first_line, nearest
+from .config import Config, first_line, nearest
 from .functional_runs import FunctionalStudy, Task
 from .runs import write_bytes
 
@@ -78,10 +78,10 @@ def _fetched(name, root, download):
 def _check_sum(data, sha256, where):
     if hashlib.sha256(data).hexdigest() != sha256: raise ValueError(f"{where} is not the text that is expected (its SHA-256 is another): delete it and get it anew")
 
-# %% ../nbs/30c_functional_text.ipynb #8f1039fa
-class TextTask(Task):
-    "Predict the next character of `text` with a GPT-2; tests and training loss on `test_windows` windows each."
-    text: str = "tinyshakespeare"
+# %% ../nbs/30c_functional_text.ipynb #9f22ac16
+class _CharGPTSettings(Config):
+    "Of the text, of the network that reads it, and of its test."
+    text: Annotated[str, BeforeValidator(str)] = "tinyshakespeare"
     block: int = Field(32, ge=2)
     embedding: int = Field(32, ge=2)
     layers: int = Field(2, ge=1)
@@ -89,6 +89,8 @@ class TextTask(Task):
     dropout: float = Field(0.0, ge=0, lt=1)
     test_windows: int = Field(128, ge=1)
 
+class TextTask(_CharGPTSettings, Task):
+    "Predict the next character of `text` with a GPT-2; tests and training loss on `test_windows` windows each."
     def prepare(self): return PreparedText(self, load_text(self.text))
 
 class CharGPT(torch.nn.Module):
@@ -132,17 +134,9 @@ def _windows(tokens, starts, block):
     places = starts[..., None] + torch.arange(block)
     return tokens[places], tokens[places + 1]
 
-# %% ../nbs/30c_functional_text.ipynb #de08adf6
-class LanguageStudy(FunctionalStudy):
+# %% ../nbs/30c_functional_text.ipynb #25758e71
+class LanguageStudy(_CharGPTSettings, FunctionalStudy):
     "Parameters of functional_table14.ipynb."
-    text: Annotated[str, BeforeValidator(str)] = "tinyshakespeare"
-    block: int = Field(32, ge=2)
-    embedding: int = Field(32, ge=2)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    test_windows: int = Field(128, ge=1)
-
     @model_validator(mode="after")
     def _fit(self):
         if self.embedding % self.heads: raise ValueError(f"embedding must be a multiple of heads, and {self.embedding} is none of {self.heads}")
