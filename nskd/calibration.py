@@ -52,20 +52,21 @@ def reliability(logits, labels, bins=BINS):
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     return tuple(np.array(v) for v in zip(*((confidence[which == b].mean(), right[which == b].mean(), (which == b).mean()) for b in np.unique(which))))
 
-# %% ../nbs/31c_calibration.ipynb #62b4dd0a
-def plot_reliability(models, bins=BINS, ax=None):
+# %% ../nbs/31c_calibration.ipynb #7bff860b
+def plot_reliability(models, bins=BINS, ax=None, least=20):
     """Accuracy against confidence, a line a model; returns the figure. `models`: {title: (logits (N, C), labels (N,)[, colour])}.
 
-    A point's size is the share of answers in its bin; on the dotted line a model is calibrated, below it overconfident.
+    A point's size is the share of answers in its bin, of which there must be `least`; on the dotted line a model is calibrated, below it overconfident.
     """
     import matplotlib.pyplot as plt
     use_style()
     fig, ax = (ax.figure, ax) if ax else plt.subplots(figsize=(3.6, 3.2))
     ax.plot([0, 100], [0, 100], color="black", linestyle=":", linewidth=0.8)
     for title, (logits, labels, *colour) in models.items():
-        confidence, accuracy, share = reliability(logits, labels, bins)
+        found = reliability(logits, labels, bins)
+        confidence, accuracy, share = (v[found[2] * len(labels) > least - 0.5] for v in found)
         (line,) = ax.plot(100 * confidence, 100 * accuracy, linewidth=1, label=title, color=colour[0] if colour else None)
         ax.scatter(100 * confidence, 100 * accuracy, s=4 + 120 * share, color=line.get_color(), alpha=0.7, linewidths=0)
     ax.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 102), ylim=(0, 102))
-    ax.legend(fontsize="x-small")
+    fig.legend(loc="outside lower center", ncols=2, fontsize="x-small")
     return fig

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LabelledCell', 'train_labelled', 'test_logits', 'run_labelled']
 
-# %% ../nbs/31b_labelled.ipynb #48f8b6e2
+# %% ../nbs/31b_labelled.ipynb #ddede7e6
 import time
 
 import pandas as pd
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from .calibration import calibration
 from .checkpoints import Checkpoints
-from .config import autocast, deterministic, pick_device, pick_precision, threads
+from .config import autocast, deterministic, pick_device, pick_precision, pick_teacher_precision, threads
 from .data import load_dataset
 from .experiments import cell_teacher, pick_workers, run_parallel, train_teachers
 from .luminet import LABELLED, labelled_loss
@@ -41,7 +41,7 @@ class LabelledCell(TeacherCell):
 
     def title(self): return LABELLED[self.method] + ("" if self.method == "ce" else f", τ = {self.tau:g}, w = {self.weight:g}")
 
-# %% ../nbs/31b_labelled.ipynb #6e9ce934
+# %% ../nbs/31b_labelled.ipynb #de151546
 class _Labelled(_Training):
     "A student's training with labels and, but for ce, a teacher."
     def __init__(self, cell, student, teacher, ds, device):
@@ -51,14 +51,15 @@ class _Labelled(_Training):
     def take_step(self, images, labels):
         recipe, cell, labels = self.recipe, self.cell, labels.to(self.device)
         x = augment(images, recipe.shift, recipe.flip, self.g).to(self.device, memory_format=torch.channels_last)
-        with autocast(self.device, recipe.precision):
-            z = self.net(x)
-            if cell.method != "ce":
-                with torch.no_grad(): answers = self.teacher(x)
-        loss = labelled_loss(cell.method, z, z if cell.method == "ce" else answers, labels, cell.tau, cell.weight)
+        with autocast(self.device, recipe.precision): z = self.net(x)
+        loss = labelled_loss(cell.method, z, z if cell.method == "ce" else self.ask(x), labels, cell.tau, cell.weight)
         if (self.step % 20 == 0 or self.device.type == "cpu") and not torch.isfinite(loss):
             raise FloatingPointError(f"the student's loss is {loss.item()} at step {self.step} ({cell.title()}): lower lr or weight")
         self._descend(loss)
+
+    @torch.no_grad()
+    def ask(self, x):
+        with autocast(self.device, pick_teacher_precision(self.recipe.precision, self.device)): return self.teacher(x).float()
 
     def _descend(self, loss):
         self.opt.zero_grad()
@@ -98,7 +99,7 @@ def train_labelled(cell):
     model = dict(name=cell.student, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, width=cell.student_width, seed=1_000_000 + cell.seed)
     recipe = cell.recipe(ds)
     config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "student": model, "method": cell.method, "seed": cell.seed, "device": device.type, "threads": n_threads,
-              **({} if cell.method == "ce" else {"tau": cell.tau, "weight": cell.weight}), "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
+              **({} if cell.method == "ce" else {"tau": cell.tau, "weight": cell.weight, "teacher_precision": pick_teacher_precision(recipe.precision, device)}), "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
               "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")},
               "code": code_key("config", "data", "norms", "models", "losses", "luminet", "teachers", "calibration", "labelled")}
 

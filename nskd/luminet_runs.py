@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Taus', 'TuneSeeds', 'METHOD_COLOURS', 'LabelledStudy', 'CalibrationStudy', 'LuminetTheory', 'LuminetNoise', 'choose',
            'tune_and_judge', 'restored_accuracy', 'add_restored', 'measure_appendix', 'run_appendix', 'luminet_claims',
-           'plot_bars', 'plot_appendix']
+           'plot_methods', 'plot_appendix']
 
 # %% ../nbs/31e_luminet_runs.ipynb #e84a37d0
 import itertools
@@ -180,11 +180,11 @@ def luminet_claims(rows):
     "Claims from (number or None, id, statement, place, (verdict, evidence)); ids begin with `luminet.`, and None is ours."
     return [claim(f"luminet.{id}", statement, f"LumiNet, claim {n}: {place}" if n else f"ours, on LumiNet, {place}", *judged) for n, id, statement, place, judged in rows]
 
-# %% ../nbs/31e_luminet_runs.ipynb #17f07579
+# %% ../nbs/31e_luminet_runs.ipynb #5ce6a88a
 METHOD_COLOURS = {"ce": "#999999", "kd": "#56B4E9", "dkd": "#117733", "logit_std": "#E69F00", "luminet": "#AA4499", "luminet_restored": "#882255"}
 
-def plot_bars(records, panels, methods, ylabel, value="accuracy", reference=None):
-    """Means over seeds as bars, seeds as dots; returns the figure.
+def plot_methods(records, panels, methods, ylabel, value="accuracy", reference=None):
+    """Seeds as dots, their means with standard errors, a colour a method; returns the figure.
 
     `records`: columns panel, method, seed, `value`. `panels`, `methods`: {key: title}, in order. `reference`: {panel: the line above}.
     """
@@ -194,12 +194,12 @@ def plot_bars(records, panels, methods, ylabel, value="accuracy", reference=None
     for ax, (panel, title) in zip(axes[0], panels.items()):
         for i, m in enumerate(methods):
             part = records[(records.panel == panel) & (records.method == m)][value]
-            ax.bar(i, part.mean(), color=METHOD_COLOURS[m], width=0.75)
-            ax.plot([i] * len(part), part, "o", color="black", markersize=2.5, alpha=0.6)
+            ax.plot([i + 0.2] * len(part), part, "o", color="black", markersize=2, alpha=0.5)
+            ax.errorbar(i - 0.1, part.mean(), yerr=part.sem() if len(part) > 1 else None, color=METHOD_COLOURS[m], marker="o", markersize=7, linewidth=2)
         if reference: ax.axhline(reference[panel], color="black", linewidth=1)
-        ax.set_title(title); ax.set_xticks([]); ax.grid(axis="x", visible=False)
+        ax.set(title=title, xticks=[], xlim=(-0.6, len(methods) - 0.3)); ax.grid(axis="x", visible=False)
     axes[0, 0].set_ylabel(ylabel)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=METHOD_COLOURS[m]) for m in methods]
+    handles = [plt.Line2D([], [], color=METHOD_COLOURS[m], marker="o", linestyle="") for m in methods]
     line = [plt.Line2D([], [], color="black", linewidth=1)] if reference else []
     fig.legend([*handles, *line], [*methods.values(), *["teacher"] * len(line)], loc="outside lower center", ncols=3, fontsize="small", columnspacing=1, handlelength=1.2)
     return fig
@@ -219,6 +219,6 @@ def plot_appendix(found, p):
     cases = found[found.kind == "information"]
     right.plot(cases.variance, cases.perceived - cases.raw, ".", color=METHOD_COLOURS["luminet"], markersize=3, alpha=0.5)
     right.axhline(0, color="black", linestyle=":", linewidth=0.8)
-    right.set(xscale="log", xlabel="sum of variances", ylabel="information gained (nats)", title="Theorem 1: all above 0")
+    right.set(xscale="log", xlabel="sum of variances", ylabel="information gained (nats)", title="Theorem 1 says: above 0")
     for ax in (left, middle): ax.set_xticks(p.sizes, [str(s) for s in p.sizes], fontsize="x-small"); ax.minorticks_off()
     return fig
