@@ -7,7 +7,7 @@ __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'PlainAligned', 'P
            'gemm_rate', 'step_flops', 'Stopwatch', 'shares', 'plot_shares', 'cost_of_k', 'Query', 'benchmark',
            'BenchmarkParameters', 'main']
 
-# %% ../nbs/25_benchmark.ipynb #551b1233
+# %% ../nbs/25_benchmark.ipynb #22a4ea67
 "Against the plain loop that a careful user would write, and against the machine's own arithmetic."
 import argparse, json, multiprocessing, resource, sys, time
 from collections import defaultdict
@@ -22,9 +22,9 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
-from .ahead import Ahead, layout
+from .ahead import Ahead
 from .config import Config, first_line, one_of, pick_device, pick_precision, pick_teacher_precision, threads as threads_of
-from .distillation import DistillConfig, _at_work, _prepare
+from .distillation import DistillConfig, _at_work, _lanes, _prepare
 from .losses import kd_loss
 from .models import create_model
 from .norms import _children, resolve_teacher_mode, teacher_context
@@ -266,7 +266,7 @@ def plot_shares(parts):
     ax.figure.tight_layout()
     return ax.figure
 
-# %% ../nbs/25_benchmark.ipynb #7c3bf673
+# %% ../nbs/25_benchmark.ipynb #452cd493
 def cost_of_k(case, ks=(2, 4, 8), turns=5, threads=None):
     """Seconds and peak memory of a step by `k`, in one process a k that take turns: `(DataFrame, slope)`.
 
@@ -290,7 +290,7 @@ class Query(Ours):
         supervise, self.done = self.job.supervise, 0
         def make(step):
             with torch.no_grad(): return supervise.query(supervise._noise(case.cfg.batch_size, torch.Generator(case.device).manual_seed(step)))
-        self.ahead = Ahead(make, layout(supervise.asks, torch.get_num_threads())[1] if case.device.type == "cpu" else 0, sys.maxsize).__enter__()
+        self.ahead = Ahead(make, _lanes(self.job)[1], sys.maxsize).__enter__()
 
     def step(self):
         self.ahead(self.done)

@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'Schedule', 'OPTIMISERS', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult',
            'distill', 'Replay', 'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #1b1fd977
+# %% ../nbs/09_distillation.ipynb #9771aa88
 import copy, hashlib, json, math, time, warnings
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .ahead import Ahead, layout
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
-from .config import Config, autocast, deterministic, first_line, keep_freed_memory, pick_device, pick_precision, pick_teacher_precision, threads
+from .config import Config, autocast, deterministic, first_line, is_small, keep_freed_memory, pick_device, pick_precision, pick_teacher_precision, threads
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, luminet_loss, pseudo_label_loss
@@ -31,7 +31,7 @@ from .parallel import check_rows, current, over_processes, sum_gradients
 from .runs import (MADE_BY, code_key, file_sha256, finished_record, held, lasting, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
                        write_bytes, write_json)
 from .samplers import BalancedPool, create_sampler
-from .teachers import pick_threads, train_teacher
+from .teachers import train_teacher
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
@@ -428,7 +428,7 @@ def _check_test_data(test_data, recal_images, shape, num_classes, cfg):
     if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"test labels must be int64 in 0 … {num_classes - 1}, not {labels.dtype} in {labels.min().item()} … {labels.max().item()}")
 
-# %% ../nbs/09_distillation.ipynb #7434b236
+# %% ../nbs/09_distillation.ipynb #e65dd82c
 @dataclass
 class DistillResult:
     "What `distill` returns; accuracies in percent by BN mode, `history` one row an evaluation, weights in `run_dir`."
@@ -521,16 +521,21 @@ def _at_work(job, ahead=True):
 def _working_ahead(job):
     "Batches of the next steps made by threads of their own: on a CPU, in one process, where only the step's own generator is drawn from."
     job.supervise.prepare()
-    student, lanes = layout(job.supervise.asks, torch.get_num_threads())
-    # of the student, a GPU's queue, and other processes; and large images keep all threads busy in every operation (measured at 32x32)
-    free = not job.cfg.prefilter and pick_threads(job.supervise.draw.shape, job.device) == 1 and job.device.type == "cpu" and current().size == 1
-    if lanes and free and not _draws_elsewhere(job.supervise):
+    student, lanes = _lanes(job)
+    if lanes:
         try:
             with threads(student), Ahead(job.make_batch, lanes, job.cfg.steps) as job.batch:
                 try: yield
                 finally: job.batch, job.supervise.abandoned = job.make_batch, True
         finally: job.supervise.abandoned = False
     else: yield
+
+def _lanes(job):
+    "Threads for the student, and lanes for the batches ahead, 0 where they would not be free or not help."
+    student, lanes = layout(job.supervise.asks, torch.get_num_threads())
+    # free of the student, a GPU's queue, and other processes; and large images keep all threads busy in every operation (measured at 32x32)
+    free = not job.cfg.prefilter and is_small(job.supervise.draw.shape) and job.device.type == "cpu" and current().size == 1
+    return student, lanes if free and lanes and not _draws_elsewhere(job.supervise) else 0
 
 def _draws_elsewhere(supervise):
     "Whether sampler or teacher draw from PyTorch's global generator, whose order threads would change."

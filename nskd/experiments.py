@@ -8,11 +8,12 @@ __all__ = ['cell_teacher', 'distil_cell', 'cell_sampler', 'new_student', 'cell_s
            'with_unfinished', 'study_teachers', 'run_measures', 'METHODS', 'check_parameters', 'load_smoke',
            'table_cells']
 
-# %% ../nbs/11a_experiments.ipynb #c638b47f
+# %% ../nbs/11a_experiments.ipynb #50111052
 import os, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
+from threading import Thread
 
 import pandas as pd
 import torch
@@ -114,8 +115,15 @@ def flat_record(cell, teacher, record):
             "alpha_used": record["alpha"], "recal_n": record["recal_n"], "seconds": record["seconds"], "steps": record["steps"], "data_free": record["ledger"]["data_free"],
             "directory": record["directory"], "cached": record["cached"]}
 
-# %% ../nbs/11a_experiments.ipynb #d36fe0f6
-def _init_worker(threads): torch.set_num_threads(threads)
+# %% ../nbs/11a_experiments.ipynb #f2176007
+def _init_worker(threads):
+    torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+def _end_with_parent():
+    "A notebook that is killed can't tell its workers, and they would wait for ever."
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
 
 @contextmanager
 def _environment(**values):

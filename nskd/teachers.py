@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TeacherRecipe', 'teacher_recipe', 'augment', 'pick_threads', 'train_teacher']
 
-# %% ../nbs/08_teachers.ipynb #dd140349
+# %% ../nbs/08_teachers.ipynb #c2843b81
 import math, re, time
 from typing import Literal
 
@@ -15,7 +15,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
-from .config import Config, autocast, deterministic, keep_freed_memory, pick_device, pick_precision, threads
+from .config import Config, autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_precision, threads
 from .evaluation import evaluate_modes
 from .models import create_model, _whole
 from .norms import replace_norm
@@ -64,10 +64,10 @@ def augment(images, shift, flip, generator):
         images = torch.where(mirrored, images.flip(3), images)
     return images
 
-# %% ../nbs/08_teachers.ipynb #58991e21
+# %% ../nbs/08_teachers.ipynb #be2411d0
 def pick_threads(shape, device):
     "Threads for images of `shape` (C, H, W): 1 for tiny ones on a CPU, else PyTorch's own number."
-    return 1 if device.type == "cpu" and shape[1] * shape[2] < 24 * 24 else torch.get_num_threads()
+    return 1 if device.type == "cpu" and is_small(shape) else torch.get_num_threads()
 
 _CHECKPOINT_SECONDS = 30                      # a teacher that trains for less is trained again: that costs less than caring
 

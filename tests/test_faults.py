@@ -50,6 +50,20 @@ def test_the_comparison_can_fail(repo, broken):
     assert work.returncode == 0 and int(out.splitlines()[-1]) > 0, err[-2000:]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_workers_end_with_a_killed_notebook(repo, tmp_path):
+    (tmp_path / "work.py").write_text("import os, time\ndef wait(folder): open(f'{folder}/{os.getpid()}.pid', 'w').close(); time.sleep(600)\n")
+    notebook = python(repo, "import sys; from work import wait; from nskd.experiments import run_parallel; run_parallel(wait, [sys.argv[1]] * 2, 2)", tmp_path, PYTHONPATH=f"{repo}:{tmp_path}")
+    soon = time.monotonic() + 60
+    while len(workers := [int(f.stem) for f in tmp_path.glob("*.pid")]) < 2 and time.monotonic() < soon: time.sleep(0.1)
+    assert len(workers) == 2
+    notebook.kill()
+    notebook.communicate()
+    gone = lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    while not gone() and time.monotonic() < soon: time.sleep(0.1)
+    assert gone()
+
+
 def test_a_dead_holder_of_a_lock_is_noticed(repo, tmp_path):
     "The second process waits for the first, and has the lock at once when the first is killed."
     hold = "import sys, time; from nskd.runs import held\nwith held(sys.argv[1]): print('mine', flush=True); time.sleep(600)"
