@@ -75,7 +75,7 @@ slice: $(READY) ## work on a queue of long runs for SLICE=560 seconds, and say w
 test: $(READY) ## run the notebooks as tests, then pytest (ARGS="more for pytest"), WORKERS=2 at a time; either one failing fails it
 	@status=0; \
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --skip_file_re '^([_.]|($(subst $() ,|,$(strip $(NOTEBOOKS) $(STUDIES) distill)))\.ipynb$$)' || { status=1; notebooks=failed; }; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) || status=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS) || status=1; \
 	if [ "$$notebooks" = failed ]; then echo 'error: notebooks failed: their errors stand above what pytest says' >&2; fi; \
 	exit $$status
 

@@ -7,6 +7,14 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # read once, when torch loads; kernels started by tests inherit it
 
 
+# by what they take; in the Makefile's order of files they are begun first, so that no worker waits for one at the end
+LONGEST = ("test_faults", "test_budget", "test_distill_notebook", "test_tables", "test_grid", "test_benchmark", "test_parallel")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def repo():
     "The repository's root."
