@@ -148,7 +148,7 @@ def _shaped(p, z, axis):
     if p is None or p.dim() > 1: return p
     return p.view([-1 if d == axis else 1 for d in range(z.dim())])
 
-# %% ../nbs/02_norms.ipynb #8aa993d8
+# %% ../nbs/02_norms.ipynb #0d7e4e86
 def _has_closed_form(norm, x):
     "Whether the closed form is there (a GroupNorm of a map, a batch of one process, no gradient) and faster (measured: on a CPU not for LN's maps below 8x8)."
     if sharing(): return False
@@ -167,13 +167,11 @@ def _position_moments(x, z):
 def _small_moments(z, rounded):
     "As above, of small maps (N, C, positions): their kernel takes longer than some passes over what fits the cache."
     share = 1 / z.shape[2]                                                      # Tensor.mean takes twice as long as a sum
-    if rounded:                # from bfloat16: a variance that these sums lose was lost before
-        mean = z.sum(2).mul_(share)
-        return mean, z.square().sum(2).mul_(share).addcmul_(mean, mean, value=-1).clamp_min_(0)
-    first = z[:, :, :1]
-    d = z - first                                                               # else a large mean would cost the variance its digits
-    mean = d.sum(2).mul_(share)
-    return mean + first[:, :, 0], d.square_().sum(2).mul_(share).addcmul_(mean, mean, value=-1).clamp_min_(0)
+    # a large mean would cost the variance its digits, but for one from bfloat16, which had none to lose
+    first = None if rounded else z[:, :, :1]
+    d = z if rounded else z - first
+    mean, square = (t.sum(2).mul_(share) for t in (d, d.square()))
+    return mean if rounded else mean + first[:, :, 0], square.addcmul_(mean, mean, value=-1).clamp_min_(0)
 
 def _in_closed_form(norm, x, alpha):
     "Algorithm 1 for a GroupNorm, without gradient."
