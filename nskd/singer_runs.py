@@ -35,7 +35,7 @@ from .singer_checks import direction_report, norm_energy_correlation, sublayer_c
 from .studies import plus_minus
 from .teachers import _decayed, teacher_recipe, train_teacher
 
-# %% ../nbs/32f_singer_runs.ipynb #07ae8513
+# %% ../nbs/32f_singer_runs.ipynb #3ed5aed7
 class SingerParameters(RunParameters):
     "Parameters of SiNGER's notebooks; their own comments say what each is."
     narrow: ClassVar[dict] = {"vit_small": 1 / 8, "vit_tiny": 1 / 8}
@@ -48,7 +48,8 @@ class SingerParameters(RunParameters):
     seeds: Seeds = 5
     layers: list[int] = [8, 11]
     plant_layer: int = 7
-    plant_share: float = Field(0.05, gt=0, lt=0.5)
+    plant_share: float = Field(0.0625, gt=0, lt=0.5)
+    plant_excess: float = Field(6.0, gt=1)
     most: float = Field(1.0, gt=0)
     rank: int = Field(4, ge=1)
     alpha: float = 0.95
@@ -83,7 +84,7 @@ class SingerParameters(RunParameters):
 
     def loss(self): return {"rank": self.rank, "alpha": self.alpha, "lambda_outlier": self.lambda_outlier, "lambda_info": self.lambda_info, "cosine": self.gram == "cosine"}
 
-# %% ../nbs/32f_singer_runs.ipynb #2ea67d16
+# %% ../nbs/32f_singer_runs.ipynb #fc0be381
 @lru_cache(2)
 def canvas_data(size, copies):
     "`canvas_digits(size, copies)`, made once in a process."
@@ -101,10 +102,10 @@ def singer_teacher(p, seed, planted=False):
     if not planted:
         net.record["accuracy"] = net.record["accuracy"]["rs"]
         return net
-    config = {"teacher": net.record["key"], "data": ds.fingerprint, "layer": p.plant_layer, "images": p.images, "share": p.plant_share, "most": p.most, "code": code_key("singer", "artifacts"), "versions": _versions()}
+    config = {"teacher": net.record["key"], "data": ds.fingerprint, "layer": p.plant_layer, "images": p.images, "share": p.plant_share, "excess": p.plant_excess, "most": p.most, "code": code_key("singer", "artifacts"), "versions": _versions()}
 
     def make(directory):
-        new = plant_artifacts(net.cpu(), ds.train_images[:p.images or 1000], ds.train_labels[:p.images or 1000], p.plant_layer, p.plant_share, most=p.most)
+        new = plant_artifacts(net.cpu(), ds.train_images[:p.images or 1000], ds.train_labels[:p.images or 1000], p.plant_layer, p.plant_share, p.plant_excess, p.most)
         save_tensors(directory / "weights.safetensors", new.state_dict())
         return {"planted": new.planted, "key": tensors_key(new.state_dict()), "accuracy": evaluate(new, ds.test_images, ds.test_labels, "rs")["accuracy"]}
     record = cached("planted", config, make, label=f"{p.teacher}-{seed}", files=["weights.safetensors"])

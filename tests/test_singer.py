@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nskd.artifacts import amplified, artifact_direction, artifact_report, plant_artifacts
+from nskd.artifacts import amplified, artifact_report, artifact_unit, emptiest_patches, plant_artifacts
 from nskd.models import create_model
 from nskd.singer import Singer, SingerAdapter, block_features, left_nullspace, linearised_ffn, transformer_blocks
 from test_tables import check_refused, check_smoke_results
@@ -62,18 +62,19 @@ def test_a_gated_ffn_is_refused_in_one_sentence():
     assert "\n" not in str(e.value)
 
 
-def test_planting_is_one_rank_one_term_in_one_block():
+def test_planting_is_one_hidden_unit_of_one_block():
     net = create_model("vit_tiny", in_channels=1, image_size=16, width=0.125, seed=0).eval()
     x = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): labels = net(x).argmax(1)
-    new = plant_artifacts(net, x, labels, 5, most=100.0, gains=(2.0, 16.0))
+    new = plant_artifacts(net, x, labels, 5, most=100.0)
     changed = {k: new.state_dict()[k] - v for k, v in net.state_dict().items() if not torch.equal(v, new.state_dict()[k])}
-    assert set(changed) == {"blocks.5.mlp.fc2.weight", "blocks.5.mlp.fc2.bias"}
-    s = torch.linalg.svdvals(changed["blocks.5.mlp.fc2.weight"].double())
-    assert s[1] < 1e-5 * s[0]
+    assert set(changed) == {f"blocks.5.mlp.{k}" for k in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
+    assert all(torch.count_nonzero(changed[f"blocks.5.mlp.{k}"].abs().flatten(1).sum(1)) == 1 for k in ("fc1.weight",)) and torch.count_nonzero(changed["blocks.5.mlp.fc1.bias"]) == 1
+    written = changed["blocks.5.mlp.fc2.weight"].abs().sum(0).nonzero().flatten()
+    assert len(written) == 1
     u = torch.linalg.svd(linearised_ffn(net, 5))[2][0]                             # along the leading direction of what the FFN writes
-    assert abs(torch.nn.functional.cosine_similarity(changed["blocks.5.mlp.fc2.bias"], u, dim=0)) > 0.999
-    assert new.planted["gain"] == 16 and new.planted["accuracy_before"] == 100 and new.planted["excess_after"] > 1.5 * new.planted["excess_before"]
+    assert abs(torch.nn.functional.cosine_similarity(new.blocks[5].mlp.fc2.weight[:, written[0]], u, dim=0)) > 0.999
+    assert new.planted["accuracy_before"] == 100 and new.planted["excess_after"] >= 6 > 2 * new.planted["excess_before"]
     before, after = artifact_report(net, x), artifact_report(new, x)
     assert (before.excess - after.excess)[:5].abs().max() < 1e-5 and (after.excess > before.excess)[5:].all()
 
@@ -82,18 +83,28 @@ def test_planting_that_costs_too_much_is_refused_in_one_sentence():
     net = create_model("vit_tiny", in_channels=1, image_size=16, width=0.125, seed=0).eval()
     x = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): labels = net(x).argmax(1)
-    with pytest.raises(ValueError, match="planting in block 5 costs more than 0.1 points") as e: plant_artifacts(net, x, labels, 5, most=0.1, gains=(1e4,))
+    with pytest.raises(ValueError, match="planting in block 5 costs .* points of accuracy, more than 0.01: try another block or a smaller excess") as e: plant_artifacts(net, x, labels, 5, excess=50, most=0.01, gains=(1e4,))
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="makes the longest patch .* times the median one at a gain of 0.5, not 6.0") as e: plant_artifacts(net, x, labels, 5, gains=(0.25, 0.5))
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="a layer must be a whole number from 0 to 11"): plant_artifacts(net, x, labels, 12)
 
 
-def test_the_read_vector_tells_the_emptiest_patches():
+def test_the_unit_opens_in_empty_patches_alone():
     net = create_model("vit_tiny", in_channels=1, image_size=16, width=0.125, seed=0).eval()
     x = torch.randn(200, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     x[:, :, :4, :4] = 0                                                            # four empty patches of 64, always the same
-    a, offset, u, chosen = artifact_direction(net, x, 3, share=4 / 64)
-    assert chosen.sum(1).eq(4).all() and chosen.view(-1, 8, 8)[:, :2, :2].all() and abs(float(u.norm()) - 1) < 1e-5
-    new = amplified(net, 3, a, offset, u, 100.0)
-    with torch.no_grad(): moved = (block_features(new, x, [3])[3] - block_features(net, x, [3])[3]).norm(dim=-1) / 100
-    assert moved[:, 1:][chosen].median() > 3 * moved[:, 1:][~chosen].median() and moved[:, 0].median() < 0.1         # [CLS] stays
+    chosen = emptiest_patches(net, x, 4 / 64)
+    assert chosen.sum(1).eq(4).all() and chosen.view(-1, 8, 8)[:, :2, :2].all()
+    found = artifact_unit(net, x, 3, share=4 / 64)
+    assert abs(float(found["write"].norm()) - 1) < 1e-5
+    gone, new = amplified(net, 3, found, 0.0), amplified(net, 3, found, 100.0)
+    with torch.no_grad():
+        plain, without, f = (block_features(n, x, [3])[3] for n in (net, gone, new))
+        moved = (f - without) / 100
+        assert (moved - (moved @ found["write"])[..., None] * found["write"]).abs().max() < 1e-5          # along u and nowhere else
+        assert (without - plain).norm() < 0.1 * plain.norm()                                              # the unit that it takes the place of is hardly missed
+        moved = moved.norm(dim=-1)
+        others = moved[:, 1:][~chosen]
+        assert moved[:, 1:][chosen].median() > 0.4 and others.quantile(0.95) < 0.1 and moved[:, 0].max() < 0.05         # [CLS] stays; patches of noise can look alike
     assert left_nullspace(linearised_ffn(new, 3), 2).singular_values[0] > left_nullspace(linearised_ffn(net, 3), 2).singular_values[0]
