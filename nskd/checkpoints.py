@@ -53,7 +53,7 @@ def join_parts(parts, shapes):
             else: whole[key] = t
     return whole | {name: torch.cat([t for _, t in sorted(found, key=lambda p: p[0])]).reshape(shapes[name]) for name, found in pieces.items()}
 
-# %% ../nbs/07b_checkpoints.ipynb #106826e6
+# %% ../nbs/07b_checkpoints.ipynb #88b68561
 class Checkpoints:
     """The checkpoints of a run, in `directory`/checkpoints/<step>/: manifest.json, part-0000.safetensors, …
 
@@ -121,6 +121,7 @@ class Checkpoints:
         "Remove what a killed process left half done."
         for p in self.folder.glob(".*.tmp"): shutil.rmtree(p, ignore_errors=True)
 
+# %% ../nbs/07b_checkpoints.ipynb #c5510ea7
 def _write(folder, tensors, meta, part_bytes):
     "Parts and manifest into `folder`, and wait for the disk."
     files, cut = {}, set(tensors)

@@ -144,7 +144,7 @@ def step_seed(seed, step):
     "A seed for `step` (a number or a name) of run `seed`: their hash, 0 … 2**63 - 1."
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/09_distillation.ipynb #e1e4caef
+# %% ../nbs/09_distillation.ipynb #add4139f
 class Supervisor:
     """One batch of noise and the teacher's answers a call: `inputs (B, C, H, W), logits (B, classes)`.
 
@@ -254,12 +254,13 @@ class Supervisor:
                 p[idx] += (self.query(x[idx]).double() / cfg.tau).softmax(1) / cfg.target_contexts
         return (cfg.tau * p.clamp_min(torch.finfo(p.dtype).tiny).log()).float()
 
+# %% ../nbs/09_distillation.ipynb #a93239bc
 def balance(counts):
     "Evenness of class counts: their entropy over log(classes), 1 when all are equal, 0 when one has all; NaN for none."
     p = counts.double() / counts.sum()
     return float(torch.special.entr(p).sum() / math.log(max(2, len(p))))
 
-# %% ../nbs/09_distillation.ipynb #c7bb0bb7
+# %% ../nbs/09_distillation.ipynb #f30c7a27
 def _loss(z_s, z_t, cfg):
     "The loss that `cfg` names, of the student's and the teacher's logits; LumiNet's as a mean over the batch, like the others."
     if cfg.loss == "kd": return kd_loss(z_s, z_t, cfg.tau, cfg.scale_by_tau2)
@@ -274,6 +275,7 @@ def _average_of(student, decay):
     from timm.utils import ModelEmaV3
     return ModelEmaV3(student, decay, use_warmup=True)
 
+# %% ../nbs/09_distillation.ipynb #d6384fac
 class _Job:
     def __init__(self, teacher, student, cfg, draw, test_data, recal_images, num_classes, device):
         self.teacher, self.student, self.cfg, self.device = teacher, student, cfg, device
@@ -428,7 +430,7 @@ def _check_test_data(test_data, recal_images, shape, num_classes, cfg):
     if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"test labels must be int64 in 0 … {num_classes - 1}, not {labels.dtype} in {labels.min().item()} … {labels.max().item()}")
 
-# %% ../nbs/09_distillation.ipynb #e65dd82c
+# %% ../nbs/09_distillation.ipynb #ca567239
 @dataclass
 class DistillResult:
     "What `distill` returns; accuracies in percent by BN mode, `history` one row an evaluation, weights in `run_dir`."
@@ -470,6 +472,7 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
         state = store.finished(job) or _run(job, store, progress, desc)
         return store.result(job, state, ledger_of(job.cfg, job.supervise.draw.uses_data), test_data is not None)
 
+# %% ../nbs/09_distillation.ipynb #3f640b86
 def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     "The checked job, and all that its result depends on."
     device = pick_device(cfg.device)
@@ -509,6 +512,7 @@ def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     return {**config, "code": code_key(*_CODE), "noise": repr(draw), "teacher": tensors_key(teacher.state_dict()), "student": tensors_key(student.state_dict()),
             "test_data": seen(test_data), "recal_images": seen(None if recal_images is None else [recal_images])}
 
+# %% ../nbs/09_distillation.ipynb #cc93e69f
 @contextmanager
 def _at_work(job, ahead=True):
     "The teacher in its mode, the student in training mode, batches made ahead where that helps, and random states that are given back."

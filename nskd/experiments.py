@@ -32,7 +32,7 @@ from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here
 
-# %% ../nbs/11a_experiments.ipynb #43f968ff
+# %% ../nbs/11a_experiments.ipynb #3945cafb
 def cell_teacher(cell, ds, budget_seconds=None):
     "The teacher of `cell`, trained or from the cache; `budget_seconds` as in `train_teacher`."
     recipe = teacher_recipe(ds, cell.teacher)
@@ -100,6 +100,7 @@ def cell_student(cell, ds, directory):
     student.load_state_dict(load_tensors(f"{directory}/run/student.safetensors"))
     return student.eval().to(pick_device(cell.options.get("device", "auto")))
 
+# %% ../nbs/11a_experiments.ipynb #8a9b5675
 def _what_counts(cfg, teacher, device):
     "The fields of `cfg` that have a part in the result, resolved."
     used = cfg.model_dump(exclude={*_NOT_IDENTITY, "device"})
@@ -115,7 +116,7 @@ def flat_record(cell, teacher, record):
             "alpha_used": record["alpha"], "recal_n": record["recal_n"], "seconds": record["seconds"], "steps": record["steps"], "data_free": record["ledger"]["data_free"],
             "directory": record["directory"], "cached": record["cached"]}
 
-# %% ../nbs/11a_experiments.ipynb #f2176007
+# %% ../nbs/11a_experiments.ipynb #f4c0d295
 def _init_worker(threads):
     torch.set_num_threads(threads)
     Thread(target=_end_with_parent, daemon=True).start()
@@ -166,6 +167,7 @@ def run_parallel(function, items, workers, desc="cells"):
     if error: raise error
     return [results[i] for i in range(len(items))]
 
+# %% ../nbs/11a_experiments.ipynb #22ed1b56
 def _train(cell, budget_seconds=None): return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds).record["accuracy"]
 
 def _in_time(job):
@@ -191,13 +193,17 @@ def note_unfinished(budget, found):
 def _each_teacher(cells): return list({c.teachers_work(): c for c in cells}.values())
 
 def _train_all(cells, workers, budget, desc):
-    "Train every teacher of `cells` that there is time for: {its work: accuracies, or how far it got}."
-    each = _each_teacher(cells)
-    return dict(zip((c.teachers_work() for c in each), run_within(budget, _train, each, workers, cells[0].options.get("device", "auto"), desc)))
+    "Train every teacher of `cells` that there is time for: {its work: accuracies, or how far it got}. Those in the cache need no process."
+    each = {c.teachers_work(): c for c in cells}
+    done = {work: net.record["accuracy"] for work, c in each.items() if (net := trained_teacher(c)) is not None}
+    lacks = {work: c for work, c in each.items() if work not in done}
+    found = run_within(budget, _train, lacks.values(), workers, cells[0].options.get("device", "auto"), desc) if lacks else []
+    return {**done, **dict(zip(lacks, found))}
 
 def trained_teacher(cell):
     "The teacher of `cell` from the cache, or None where it is not trained."
-    try: return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds=0)
+    try:
+        with threads(1): return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds=0)       # as `run_parallel` trains it
     except Unfinished: return None
 
 def train_teachers(cells, workers="auto", desc="teachers", budget=None):
@@ -215,6 +221,7 @@ _OF_CELL = ["teacher", "norm", "student", "method", "seed"]
 _RESULTS = ["teacher_accuracy", "cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "loss", "balance_targets", "alpha_used", "recal_n",
             "seconds", "steps", "data_free", "directory", "cached"]
 
+# %% ../nbs/11a_experiments.ipynb #1bd0f401
 def run_cells(cells, workers="auto", budget=None):
     """Run every cell (teachers first, equal work once); a DataFrame with one row a cell, whose index is the cell's place in `cells`.
 

@@ -90,7 +90,7 @@ def _die(*_): os.kill(os.getpid(), signal.SIGKILL)
 
 def _full(*_): raise OSError(errno.ENOSPC, "No space left on device")
 
-# %% ../nbs/09b_faults.ipynb #b7d6137e
+# %% ../nbs/09b_faults.ipynb #ad578669
 def _signalled(signum):
     def fault(run, directory, rng, seconds):
         pid = start(lambda: smoke_run(run, directory))
@@ -156,6 +156,7 @@ FAULTS = {
     "two processes at once, one killed": _two_at_once,
 }
 
+# %% ../nbs/09b_faults.ipynb #07a9df89
 def inject(fault, times, seed=0, whole=None):
     """Do `fault` (of `FAULTS`) to runs until it was done at least `times` times, let each run finish, and compare.
 

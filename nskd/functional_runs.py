@@ -170,7 +170,7 @@ def _state(net):
 def _set_state(net, state):
     for name, tensor in _state(net).items(): tensor.copy_(state[name])
 
-# %% ../nbs/30b_functional_runs.ipynb #ccd396fb
+# %% ../nbs/30b_functional_runs.ipynb #663ac663
 class SoftTargets(RunParameters):
     "How the networks of this paper's studies are trained: teachers just as students; the notebooks' own comments say what each is."
     absent: ClassVar[tuple] = ("budget_seconds",)
@@ -227,6 +227,7 @@ class VisionTargets(SoftTargets):
 class VisionStudy(FunctionalStudy, VisionTargets):       # in this order: pydantic takes the first one's defaults
     "Parameters of functional_table3.ipynb."
 
+# %% ../nbs/30b_functional_runs.ipynb #b0a781bb
 @torch.no_grad()
 def predict(net, x, rows=1024):
     "Logits of `net` on inputs x, `rows` inputs at a time, on the CPU: (predictions, C)."

@@ -41,7 +41,7 @@ class LabelledCell(TeacherCell):
 
     def title(self): return LABELLED[self.method] + ("" if self.method == "ce" else f", τ = {self.tau:g}, w = {self.weight:g}")
 
-# %% ../nbs/31b_labelled.ipynb #de151546
+# %% ../nbs/31b_labelled.ipynb #77ccc095
 class _Labelled(_Training):
     "A student's training with labels and, but for ce, a teacher."
     def __init__(self, cell, student, teacher, ds, device):
@@ -89,6 +89,7 @@ def _test_logits(net, ds, device):
     with bn_mode(net, "rs"): found = [(net(x.to(device)).float().cpu(), y) for x, y in ds.batches("test", 1000)]
     return tuple(torch.cat(t) for t in zip(*found))
 
+# %% ../nbs/31b_labelled.ipynb #28c62101
 def train_labelled(cell):
     """Train the student of `cell`, or find it in the cache: a flat record with its `calibration` on the test images, `teacher_accuracy`, `seconds`, `directory`.
 

@@ -37,7 +37,7 @@ STUDENTS = {"r34": ("r18", "mv2"), "wrn28": ("wrn16", "r18")}
 NARROW = {"wrn28": 1, "wrn16": 1, "wrn40": 1, "r18": 16, "r34": 16, "mv2": 0.25,
           "convnext_small": 1 / 12, "vit_tiny": 1 / 8, "vit_small": 1 / 8, "swin_tiny": 1 / 4}
 
-# %% ../nbs/11_parameters.ipynb #f21f2498
+# %% ../nbs/11_parameters.ipynb #2e0e5817
 def _listed(value):
     "Commas in a string separate; a single value is a list of one."
     if isinstance(value, str): return [v.strip() for v in value.split(",")]
@@ -71,6 +71,7 @@ Names = Annotated[list[str], BeforeValidator(_listed)]
 Recipe = Annotated[str, BeforeValidator(lambda v: one_of(v, RECIPES, "recipe"))]
 Seeds = Annotated[Any, BeforeValidator(_seeds)]                # an int, or a list of ints
 
+# %% ../nbs/11_parameters.ipynb #3a232553
 class Budget:
     """One clock for all that a notebook trains, and the names of what it did not finish, `lacks`.
 
@@ -84,6 +85,7 @@ class Budget:
         if self.end is None: self.end = time.time() + self.seconds
         return max(0.0, self.end - time.time())
 
+# %% ../nbs/11_parameters.ipynb #7e16ae1d
 class RunParameters(Config):
     "What every notebook that trains networks has: their widths, seeds, where they run and for how long."
     narrow: ClassVar[dict] = NARROW            # what width="narrow" means
@@ -140,6 +142,7 @@ class StudyParameters(RunParameters):
 
     def networks(self): return {self.teacher}
 
+# %% ../nbs/11_parameters.ipynb #9bb7a659
 class DistillFields(Config):
     "Of `DistillConfig`, what every notebook that distils lets its reader choose."
     steps: int = Field(400, ge=1)

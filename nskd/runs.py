@@ -43,7 +43,7 @@ def _test_dir():
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 
-# %% ../nbs/07_runs.ipynb #c6ea28be
+# %% ../nbs/07_runs.ipynb #d2271957
 @contextmanager
 def full_disk_said(path):
     "Inside, a full disk (or quota) is an OSError of one sentence that names `path`."
@@ -94,6 +94,7 @@ def file_sha256(path):
         while chunk := f.read(1 << 20): h.update(chunk)
     return h.hexdigest()
 
+# %% ../nbs/07_runs.ipynb #cf0df572
 def write_json(path, value):
     "Write `value` as JSON; NaN and infinities become null, since JSON has none."
     write_bytes(path, (json.dumps(_plain(value), indent=1, allow_nan=False) + "\n").encode())
@@ -200,7 +201,7 @@ def _cpuinfo():
     try: return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError: return []
 
-# %% ../nbs/07_runs.ipynb #4a2a72b9
+# %% ../nbs/07_runs.ipynb #20fa8a04
 class Unfinished(Exception):
     "Time ran out before the result was there; what was done is kept, and the next call goes on. The message says how far it got, `directory` (where known) where."
     directory = None
@@ -263,6 +264,7 @@ def _begun_before(kind, config, label):
         if _asked_the_same(read_json(there / "params.json"), _plain(config)): return there
     return own
 
+# %% ../nbs/07_runs.ipynb #803d1feb
 def cached(kind, config, make, label="", files=(), device="cpu"):
     """The record of a run, made at most once: `make(directory)` is called unless a finished one is found.
 

@@ -115,7 +115,7 @@ def singer_teacher(p, seed, planted=False):
 
 def _versions(): return {k: v for k, v in versions().items() if k in ("torch", "timm", "scikit-learn")}
 
-# %% ../nbs/32f_singer_runs.ipynb #40dc4aad
+# %% ../nbs/32f_singer_runs.ipynb #cf05350c
 SINGER = {
     "singer": {},
     "random": dict(start="random", lambda_outlier=0.0, lambda_info=0.0), "nullspace": dict(lambda_outlier=0.0, lambda_info=0.0),
@@ -146,6 +146,7 @@ def feature_method(job, teacher, student):
     if job.method.startswith("vitkd"): return ViTKD(teacher, student, p.layers, "released" if job.method == "vitkd_released" else "paper", seed=seed, matching="paper")
     return Singer(teacher, student, p.layers, seed=seed, matching="paper", **{**p.loss(), **SINGER[job.method]})
 
+# %% ../nbs/32f_singer_runs.ipynb #818daa29
 def _fit(job, teacher, student, method, ds, device):
     "Train `student` and `method` in place; the loss of every step."
     p, g = job.p, torch.Generator().manual_seed(job.seed)
@@ -199,6 +200,7 @@ def train_feature_student(job):
     record = cached("feature_students", config, make, label=f"{job.method}-{'planted' if job.planted else 'clean'}-{job.seed}", files=["student.safetensors"], device=device)
     return {"method": job.method, "seed": job.seed, "planted": job.planted, "teacher_accuracy": teacher.record["accuracy"], **record}
 
+# %% ../nbs/32f_singer_runs.ipynb #0b48cec8
 def _judge_student(p, ds, teacher, student):
     patch = student.patch_embed.patch_size[0]
     labels, dense = (ds.train_labels[:p.images], ds.test_labels), (patch_labels(ds, "train", patch)[:p.images], patch_labels(ds, "test", patch))
@@ -333,7 +335,7 @@ def plot_ablation(records, layers):
     fig.legend([plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[c]) for c in ("rs", "cs")], ["before", "after refinement"], loc="outside lower center", ncols=2, fontsize="small")
     return fig
 
-# %% ../nbs/32f_singer_runs.ipynb #94f118a7
+# %% ../nbs/32f_singer_runs.ipynb #dcf74e22
 def _block_checks(job):
     p, seed, planted = job
     teacher, ds = singer_teacher(p, seed, planted).cpu(), canvas_data(p.canvas, p.copies)
@@ -355,10 +357,10 @@ def block_checks(p):
     return pd.DataFrame([row for rows in run_parallel(_block_checks, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="blocks") for row in rows])
 
 @torch.no_grad()
-def plot_before_after(p, teacher, student, singer, image=0):
+def plot_before_after(p, teacher, student, singer, image=None):
     """Norm maps, similarity maps and spectra of a trained SiNGER at its first distillation layer, on one test image; returns the figure.
 
-    The similarity maps' patch is the one of median norm; the picture is of `image` among the test images.
+    The similarity maps' patch is the one of median norm; the picture is of `image` among the first 64 test images, None: the one with the longest patch.
     """
     import matplotlib.pyplot as plt
     from nskd.plots import COLOURS, use_style
@@ -367,6 +369,7 @@ def plot_before_after(p, teacher, student, singer, image=0):
     features = block_features(teacher, ds.test_images[:64], singer.teacher_layers)
     refined = singer.refine(features)
     following, mine = singer.follow(refined), block_features(student, ds.test_images[:64], singer.student_layers)[singer.student_layers[0]]
+    if image is None: image = int(patch_norms(features[l], prefix).amax(1).argmax())
     norm = lambda f: patch_norms(f, prefix)[image].view(grid)
     mark = int(patch_norms(features[l], prefix)[image].argsort()[grid[0] * grid[1] // 2])
     similar = lambda f: F.cosine_similarity(f[image, prefix:], f[image, prefix + mark][None], dim=-1).view(grid)
@@ -374,20 +377,21 @@ def plot_before_after(p, teacher, student, singer, image=0):
     maps = [[("image", ds.test_images[image, 0], {"cmap": "gray_r"}), (f"‖F‖, layer {l}", norm(features[l]), {"vmax": top, "vmin": 0}), ("‖F̂‖", norm(refined[l]), {"vmax": top, "vmin": 0}),
              ("‖F̂‖ − ‖F‖", change, {"cmap": "RdBu_r", "vmin": -float(change.abs().max()), "vmax": float(change.abs().max())}), ("student's ‖F‖", norm(mine), {"vmin": 0})],
             [("similarity, F", similar(features[l]), {}), ("F̂", similar(refined[l]), {}), *([("F, next block", similar(features[l + 1]), {}), ("F̂, next block", similar(following[l]), {})] if l in following else []), ("student", similar(mine), {})]]
-    fig = plt.figure(figsize=(7.2, 5.2))
-    cells = fig.add_gridspec(3, 10, height_ratios=[1, 1, 1.2])
-    for r, row in enumerate(maps):
-        for c, (title, values, look) in enumerate(row):
-            ax = fig.add_subplot(cells[r, 2 * c:2 * c + 2])
-            ax.imshow(values, **({"vmin": -1, "vmax": 1, "cmap": "viridis"} | look if r else {"cmap": "inferno"} | look))
-            if r: ax.plot(mark % grid[1], mark // grid[1], "x", color="red")
+    fig = plt.figure(figsize=(7.2, 5.4), layout="constrained")
+    parts = fig.subfigures(3, 1, height_ratios=[1, 1, 1.3])
+    for part, row, common in zip(parts, maps, ({"cmap": "inferno"}, {"vmin": -1, "vmax": 1, "cmap": "viridis"})):
+        for ax, (title, values, look) in zip(part.subplots(1, len(row)), row):
+            ax.imshow(values, **{**common, **look})
+            if row is maps[1]: ax.plot(mark % grid[1], mark // grid[1], "x", color="red")
             ax.set_title(title, fontsize="small"); ax.set_axis_off()
-    left, right = fig.add_subplot(cells[2, :5]), fig.add_subplot(cells[2, 5:])
+    left, right = parts[2].subplots(1, 2)
     for b in sorted({0, p.plant_layer, min(l + 1, len(transformer_blocks(teacher)) - 1)}):
         s = left_nullspace(linearised_ffn(teacher, b), p.rank).singular_values
         left.plot(range(1, len(s) + 1), s, label=f"block {b}")
     left.axhline(0.05, color="black", linestyle=":", linewidth=0.8); left.set(xlabel="k", ylabel="singular value", yscale="log"); left.legend(fontsize="small")
-    for f, name, colour in ((features[l], "before", COLOURS["rs"]), (refined[l], "after", COLOURS["cs"])): right.hist(patch_norms(f, prefix).flatten().numpy(), bins=40, alpha=0.6, color=colour, label=name)
+    lengths = {"before": patch_norms(features[l], prefix).flatten(), "after": patch_norms(refined[l], prefix).flatten()}
+    edges = torch.linspace(0, float(max(v.max() for v in lengths.values())), 41)
+    for (name, v), colour in zip(lengths.items(), (COLOURS["rs"], COLOURS["cs"])): right.hist(v.numpy(), bins=edges.numpy(), alpha=0.6, color=colour, label=name)
     right.set(xlabel=f"patch norm, layer {l}", ylabel="patches", yscale="log"); right.legend(fontsize="small")
     return fig
 

@@ -27,7 +27,7 @@ from .reporting import interval
 from .samplers import list_samplers
 from .studies import ContextStudy, plus_minus
 
-# %% ../nbs/11c_sweeps.ipynb #88a5dc0a
+# %% ../nbs/11c_sweeps.ipynb #687bd369
 def _values(kind, what, low, high=None):
     "A list of different numbers between `low` and `high`; commas in a string separate."
     def check(value):
@@ -53,6 +53,7 @@ class Sweep(DistillStudy):
         "The cell of teacher and student of this sweep."
         return self.cell(seed, self.teacher, fields.pop("student", self.student), norm, method, **fields)
 
+# %% ../nbs/11c_sweeps.ipynb #15010ba7
 class AlphaSweep(Sweep):
     "Parameters of Table 5."
     absent: ClassVar[tuple] = ("alpha",)
@@ -76,6 +77,7 @@ class ReplacementSweep(Sweep):
         if {0.0, 0.25, 0.75, 1.0} - set(self.fractions): raise ValueError(f"fractions must hold 0, 0.25, 0.75 and 1, which the claims are about, and {self.fractions} do not")
         return self
 
+# %% ../nbs/11c_sweeps.ipynb #7af6492b
 class SensitivitySweep(Sweep):
     "Parameters of Figure 2."
     absent: ClassVar[tuple] = ("alpha", "k")
@@ -103,6 +105,7 @@ class TransferSweep(Sweep):
         if self.scarce not in self.real_images: raise ValueError(f"scarce must be one of real_images {self.real_images}, not {self.scarce}")
         return self
 
+# %% ../nbs/11c_sweeps.ipynb #a829954c
 class PrecisionSweep(Sweep):
     "Parameters of the precision study; steps, batch and learning rate are Table 2's, which share their students."
     absent: ClassVar[tuple] = ("precision",)
@@ -166,6 +169,7 @@ class RecipeSweep(Sweep):
         return [(dict(recipe=name), self.one(seed, norm, "normshift", options={**changes, "steps": configs[name].steps, "eval_every": configs[name].eval_every}))
                 for seed in self.seed_list() for norm in self.norms for name, (_, changes, _) in self.recipes().items()]
 
+# %% ../nbs/11c_sweeps.ipynb #154cf07e
 class RejectionSweep(Sweep):
     "Parameters of Table 11."
     absent: ClassVar[tuple] = ("alpha",)

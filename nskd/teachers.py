@@ -64,7 +64,7 @@ def augment(images, shift, flip, generator):
         images = torch.where(mirrored, images.flip(3), images)
     return images
 
-# %% ../nbs/08_teachers.ipynb #be2411d0
+# %% ../nbs/08_teachers.ipynb #51cf5acc
 def pick_threads(shape, device):
     "Threads for images of `shape` (C, H, W): 1 for tiny ones on a CPU, else PyTorch's own number."
     return 1 if device.type == "cpu" and is_small(shape) else torch.get_num_threads()
@@ -126,6 +126,7 @@ class _Training:
         self.g.set_state(tensors["random/order"]); torch.set_rng_state(tensors["random/cpu"])
         if self.device.type == "cuda": torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
+# %% ../nbs/08_teachers.ipynb #6cbbb3c7
 def _fit(net, ds, recipe, seed, device, progress, directory=None, budget_seconds=None):
     """Train `net` in place; the seconds that it took, earlier attempts included.
 

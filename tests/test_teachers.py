@@ -35,3 +35,22 @@ def test_same_seed_same_bits_and_another_seed_others():
 def test_a_diverging_teacher_says_at_which_step():
     with pytest.raises(FloatingPointError, match="step [0-9]+: lower the recipe's lr"):
         train_teacher("wrn16", load_dataset("digits"), width=1, recipe=TeacherRecipe(epochs=2, lr=1e30, clip=1e30), progress=False)
+
+
+def test_a_teacher_that_a_grid_trained_is_found_from_a_notebook_with_more_threads(monkeypatch):
+    "Only tiny images pin the thread count, which is part of what a teacher is."
+    import nskd.teachers
+    from nskd.experiments import train_teachers, trained_teacher
+    from nskd.parameters import TeacherCell
+    monkeypatch.setattr(nskd.teachers, "is_small", lambda shape: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        cell = TeacherCell(teacher="wrn16", norm="bn", seed=0, dataset="digits", teacher_width=1, teacher_epochs=1)
+        assert trained_teacher(cell) is None
+        net, = train_teachers([cell], workers=1)
+        assert net is not None and net.record["cached"] and torch.get_num_threads() == 2
+        with monkeypatch.context() as m:                   # and a grid that finds it starts no process
+            m.setattr("nskd.experiments.run_parallel", None)
+            assert train_teachers([cell], workers=2)[0].record["key"] == net.record["key"]
+    finally: torch.set_num_threads(threads)
