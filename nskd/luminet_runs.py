@@ -7,7 +7,7 @@ __all__ = ['Taus', 'TuneSeeds', 'METHOD_COLOURS', 'LabelledStudy', 'CalibrationS
            'tune_and_judge', 'restored_accuracy', 'add_restored', 'measure_appendix', 'run_appendix', 'luminet_claims',
            'plot_methods', 'plot_appendix']
 
-# %% ../nbs/31e_luminet_runs.ipynb #583b0655
+# %% ../nbs/31e_luminet_runs.ipynb #7b584bf1
 import itertools
 from typing import Annotated, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from .data import load_dataset
 from .evaluation import evaluate_modes
 from .experiments import cell_sampler, cell_student, cell_teacher, pick_workers, run_parallel, train_teachers
 from .labelled import LabelledCell, _test_logits, run_labelled, test_logits
-from .luminet import LABELLED, restore_statistics
+from .luminet import LABELLED, PUBLISHED_WEIGHTS, restore_statistics
 from .luminet_theory import compare_gradients, loss_by_batch_size, search_counterexamples
 from .losses import perception
 from .models import list_models
@@ -30,7 +30,7 @@ from .plots import use_style
 from .runs import claim
 from .sweeps import Sweep, _values
 
-# %% ../nbs/31e_luminet_runs.ipynb #e7706ae6
+# %% ../nbs/31e_luminet_runs.ipynb #697048be
 Taus = Annotated[list[float], _values(float, "taus", 1e-6)]
 TuneSeeds = Annotated[list[int], BeforeValidator(lambda v: _seeds(v if isinstance(v, list) else [v]))]
 
@@ -62,7 +62,7 @@ class LabelledStudy(_Students):
     different: _student("different") = "mv2"
     methods: Annotated[list[str], _each(LABELLED, "a method")] = list(LABELLED)
     taus: Taus = [2.0, 4.0]
-    weights: Annotated[list[float], _values(float, "weights", 0)] = [8.0, 32.0]
+    weights: Annotated[list[float], _values(float, "weights", 0)] = [1.0]
     tune_seeds: TuneSeeds = [100]
 
     @model_validator(mode="after")
@@ -111,7 +111,7 @@ class LuminetNoise(Sweep):
         return [(dict(norm=n, k=k, loss=loss, tau=tau), self.one(s, n, "normshift", options=dict(k=k, loss=loss, tau=tau)))
                 for s in seeds for n in self.norms for k in self.ks for loss in ("kd", "luminet") for tau in loss_taus(n, k, loss)]
 
-# %% ../nbs/31e_luminet_runs.ipynb #b5626e6a
+# %% ../nbs/31e_luminet_runs.ipynb #0bdac693
 def choose(records, by, settings, value):
     "For every group `by` of tuning records the `settings` (column names) with the highest mean `value`: {group: tuple of settings}."
     mean = records.groupby([*by, *settings], sort=False)[value].mean()
@@ -124,7 +124,7 @@ def tune_and_judge(p):
         records = run_labelled([p.cell(s, p.pairs()[pair], *rest) for s, pair, *rest in plan], p.workers, desc)
         return records.assign(pair=[c[1] for c in plan])
     train_teachers([p.cell(s, p.same, "ce") for s in (*p.tune_seeds, *p.seed_list())], p.workers)         # all at once: no process waits for the tuning seeds
-    tuned = run([(s, pair, m, t, w) for s in p.tune_seeds for pair in p.pairs() for m in p.methods if m != "ce" for t, w in itertools.product(p.taus, p.weights)], "tuning")
+    tuned = run([(s, pair, m, t, w * PUBLISHED_WEIGHTS[m]) for s in p.tune_seeds for pair in p.pairs() for m in p.methods if m != "ce" for t, w in itertools.product(p.taus, p.weights)], "tuning")
     chosen = choose(tuned, ("pair", "method"), ("tau", "weight"), "accuracy")
     return tuned, chosen, run([(s, pair, m, *chosen.get((pair, m), ())) for s in p.seed_list() for pair in p.pairs() for m in p.methods], "students")
 
