@@ -8,7 +8,7 @@ __all__ = ['SINGER', 'METHODS', 'TITLES', 'SingerParameters', 'canvas_data', 'si
            'probe_table', 'ablation_table', 'plot_probes', 'plot_ablation', 'block_checks', 'plot_before_after',
            'within']
 
-# %% ../nbs/32f_singer_runs.ipynb #a658468a
+# %% ../nbs/32f_singer_runs.ipynb #90b04c55
 import math, time
 from functools import lru_cache
 from typing import ClassVar, Literal, Optional
@@ -21,7 +21,7 @@ from torch import nn
 
 from .attention import prefix_tokens
 from .artifacts import artifact_report, norm_statistics, patch_norms, plant_artifacts
-from .config import Config, deterministic, one_of, pick_device
+from .config import Config, deterministic, one_of, pick_device, threads
 from .evaluation import evaluate
 from .experiments import pick_workers, run_parallel
 from .feature_baselines import FitNet, ViTKD
@@ -200,7 +200,7 @@ def train_feature_student(job):
     record = cached("feature_students", config, make, label=f"{job.method}-{'planted' if job.planted else 'clean'}-{job.seed}", files=["student.safetensors"], device=device)
     return {"method": job.method, "seed": job.seed, "planted": job.planted, "teacher_accuracy": teacher.record["accuracy"], **record}
 
-# %% ../nbs/32f_singer_runs.ipynb #0b48cec8
+# %% ../nbs/32f_singer_runs.ipynb #4cab676f
 def _judge_student(p, ds, teacher, student):
     patch = student.patch_embed.patch_size[0]
     labels, dense = (ds.train_labels[:p.images], ds.test_labels), (patch_labels(ds, "train", patch)[:p.images], patch_labels(ds, "test", patch))
@@ -232,8 +232,9 @@ def adapter_measures(singer, teacher, images):
 
 def trained_singer(job):
     "Teacher, student and `Singer` of a job with a method of SiNGER, trained or from the cache, in evaluation mode on the CPU."
-    record, p = train_feature_student(job), job.p
-    teacher, student = singer_teacher(p, job.seed, job.planted).cpu(), p.network("student", 1_000_000 + job.seed).eval()
+    p = job.p
+    with threads(1): record, teacher = train_feature_student(job), singer_teacher(p, job.seed, job.planted).cpu()          # as `run_parallel` trains them
+    student = p.network("student", 1_000_000 + job.seed).eval()
     method = feature_method(job, teacher, student)
     student.load_state_dict(load_tensors(f"{record['directory']}/student.safetensors"))
     method.load_state_dict({k: v for k, v in load_tensors(f"{record['directory']}/method.safetensors").items() if k != "none"})
