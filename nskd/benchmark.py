@@ -7,7 +7,7 @@ __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'PlainAligned', 'P
            'gemm_rate', 'step_flops', 'Stopwatch', 'shares', 'plot_shares', 'cost_of_k', 'Query', 'benchmark',
            'BenchmarkParameters', 'main']
 
-# %% ../nbs/25_benchmark.ipynb #22a4ea67
+# %% ../nbs/25_benchmark.ipynb #56471a04
 "Against the plain loop that a careful user would write, and against the machine's own arithmetic."
 import argparse, json, multiprocessing, resource, sys, time
 from collections import defaultdict
@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
 from .ahead import Ahead
-from .config import Config, first_line, one_of, pick_device, pick_precision, pick_teacher_precision, threads as threads_of
+from .config import Config, first_line, one_of, pick_device, pick_student_precision, pick_teacher_precision, threads as threads_of
 from .distillation import DistillConfig, _at_work, _lanes, _prepare
 from .losses import kd_loss
 from .models import create_model
@@ -304,7 +304,7 @@ class Query(Ours):
 
 LOOPS["query"] = Query
 
-# %% ../nbs/25_benchmark.ipynb #acb023df
+# %% ../nbs/25_benchmark.ipynb #187938b4
 def benchmark(name, turns=7, threads=None, **options):
     """Ours against the plain loop on one of `CASES`: a dict with ratio, its spread, throughput and the share of the roofline.
 
@@ -313,7 +313,7 @@ def benchmark(name, turns=7, threads=None, **options):
     used, over the time it took. `options`: of `Case`.
     """
     case = Case(name, **options)
-    precision = {"teacher": pick_teacher_precision(case.cfg.precision, case.device), "student": pick_precision(case.cfg.precision, case.device)}
+    precision = {"teacher": pick_teacher_precision(case.cfg.precision, case.device), "student": pick_student_precision(case.cfg.precision, case.device, case.shape)}
     with threads_of(threads or torch.get_num_threads()): flops, peak = step_flops(case), {p: gemm_rate(p, case.device) for p in ("fp32", "bf16")}
     found = take_turns({"name": name, **options}, turns, threads=threads)
     plain, ours = (np.array(found[loop]["seconds"]) for loop in ("plain", "ours"))

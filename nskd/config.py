@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['nearest', 'unknown_name', 'first_line', 'one_of', 'Config', 'pick_device', 'is_small', 'pick_precision',
-           'pick_teacher_precision', 'autocast', 'deterministic', 'threads', 'keep_freed_memory']
+           'pick_student_precision', 'pick_teacher_precision', 'autocast', 'deterministic', 'threads',
+           'keep_freed_memory']
 
 # %% ../nbs/00b_config.ipynb #f474baeb
 import ctypes
@@ -59,7 +60,7 @@ def _one_sentence(error):
     if first["type"] == "value_error": return message.removeprefix("Value error, ")
     return f"{field}: {message.removeprefix('Input ')[0].lower()}{message.removeprefix('Input ')[1:]}, not {given!r}"
 
-# %% ../nbs/00b_config.ipynb #9a073827
+# %% ../nbs/00b_config.ipynb #bdfaea16
 def pick_device(device):
     "`device` as a torch.device; `auto` is the first GPU, else the CPU. ValueError for one that is not there."
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,9 +80,13 @@ def pick_precision(precision, device):
     if precision != "auto": return precision
     return "bf16" if device.type == "cuda" and _computes_bf16("cuda") else "fp32"
 
+def pick_student_precision(precision, device, shape):
+    "As `pick_precision`, for a student of noise of `shape` (C, H, W): `auto` is bf16 on CPUs with AVX512-BF16 or AMX too, where images are large enough to gain by it."
+    # that it makes no other student is what nbs/precision.ipynb found, on small images
+    return "bf16" if precision == "auto" and not is_small(shape) and _computes_bf16(device.type) else pick_precision(precision, device)
+
 def pick_teacher_precision(precision, device):
     "As `pick_precision`, for a frozen network that is only asked: `auto` is bf16 on CPUs with AVX512-BF16 or AMX too."
-    # a student that is trained in bf16 on a CPU may be another student (nbs/precision.ipynb)
     return "bf16" if precision == "auto" and _computes_bf16(device.type) else pick_precision(precision, device)
 
 @cache

@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'Schedule', 'OPTIMISERS', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult',
            'distill', 'Replay', 'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #9771aa88
+# %% ../nbs/09_distillation.ipynb #c257fb71
 import copy, hashlib, json, math, time, warnings
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .ahead import Ahead, layout
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
-from .config import Config, autocast, deterministic, first_line, is_small, keep_freed_memory, pick_device, pick_precision, pick_teacher_precision, threads
+from .config import Config, autocast, deterministic, first_line, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, threads
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, luminet_loss, pseudo_label_loss
@@ -35,7 +35,7 @@ from .teachers import train_teacher
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
-# %% ../nbs/09_distillation.ipynb #7f3d4294
+# %% ../nbs/09_distillation.ipynb #adadca2f
 Alpha = Annotated[Any, BeforeValidator(lambda v: v if v == "auto" else _check_alpha(v))]        # a float from 0 to 1, or "auto"
 
 Schedule = Literal["plateau", "cosine", "linear", "constant", "plateau_on_test_accuracy"]
@@ -54,7 +54,7 @@ class DistillConfig(Config):
     instead of asking in every step (NormShift-KD, Appendix D.6). `plateau`: cut the rate by `plateau_factor`
     after `plateau_patience` evaluations without a lower *distillation* loss (torch's own defaults; a run with no more
     evaluations than that keeps its rate); `plateau_on_test_accuracy` looks at test labels instead, as earlier public code does. `budget_seconds`: stop at a checkpoint after so long, to be continued.
-    `precision`: "auto" trains in bf16 on a GPU and in fp32 on a CPU, and asks the teacher in bf16 wherever the device computes in it.
+    `precision`: "auto" trains in bf16 on a GPU, on a CPU in fp32 or, where images have 24×24 pixels or more and it computes in bf16, in that, and asks the teacher in bf16 wherever the device computes in it.
     What follows is not the paper's; `nskd.recipes` says what it is worth. `k_end`, `batch_end`: k and batch size change linearly over the run, from
     `k` and `batch_size` to these. `prefilter`: the student labels the pool for rejection sampling (in CS mode), and the teacher is asked about the kept
     batch alone. `optimiser`: with torch's own settings; "sgd" has Nesterov momentum 0.9. `warmup`: share of the steps over which the rate rises from 0.
@@ -275,7 +275,7 @@ def _average_of(student, decay):
     from timm.utils import ModelEmaV3
     return ModelEmaV3(student, decay, use_warmup=True)
 
-# %% ../nbs/09_distillation.ipynb #d6384fac
+# %% ../nbs/09_distillation.ipynb #c5e35ed8
 class _Job:
     def __init__(self, teacher, student, cfg, draw, test_data, recal_images, num_classes, device):
         self.teacher, self.student, self.cfg, self.device = teacher, student, cfg, device
@@ -305,7 +305,7 @@ class _Job:
         torch.manual_seed(step_seed(cfg.seed, f"{self.step}/student"))       # what the student draws itself: dropout
         x, z_t, seen = self.batch(self.step)
         self.supervise.count(seen)
-        with autocast(self.device, cfg.precision): z_s = over_processes(self.student, x)
+        with autocast(self.device, pick_student_precision(cfg.precision, self.device, self.supervise.draw.shape)): z_s = over_processes(self.student, x)
         return x, z_t, z_s, _loss(z_s, z_t, cfg)
 
     def take_step(self):
@@ -472,7 +472,7 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
         state = store.finished(job) or _run(job, store, progress, desc)
         return store.result(job, state, ledger_of(job.cfg, job.supervise.draw.uses_data), test_data is not None)
 
-# %% ../nbs/09_distillation.ipynb #3f640b86
+# %% ../nbs/09_distillation.ipynb #0347f42a
 def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     "The checked job, and all that its result depends on."
     device = pick_device(cfg.device)
@@ -505,7 +505,7 @@ _CODE = ("ahead", "config", "norms", "samplers", "losses", "evaluation", "checkp
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."
     config = {k: v for k, v in cfg.model_dump().items() if k not in _NOT_IDENTITY}
-    config |= {"device": device.type, "precision": pick_precision(cfg.precision, device), "teacher_precision": pick_teacher_precision(cfg.precision, device),
+    config |= {"device": device.type, "precision": pick_student_precision(cfg.precision, device, draw.shape), "teacher_precision": pick_teacher_precision(cfg.precision, device),
                "teacher_mode": resolve_teacher_mode(teacher, cfg.teacher_mode)}
     if config["teacher_mode"] != "aligned": config["alpha"] = None             # it has no part then
     seen = lambda tensors: None if tensors is None else tensors_key(dict(enumerate(tensors)))

@@ -8,7 +8,7 @@ __all__ = ['cell_teacher', 'distil_cell', 'cell_sampler', 'new_student', 'cell_s
            'with_unfinished', 'study_teachers', 'run_measures', 'METHODS', 'check_parameters', 'load_smoke',
            'table_cells']
 
-# %% ../nbs/11a_experiments.ipynb #50111052
+# %% ../nbs/11a_experiments.ipynb #c58aa666
 import os, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .config import pick_device, pick_precision, pick_teacher_precision, threads
+from .config import pick_device, pick_student_precision, pick_teacher_precision, threads
 from .data import load_dataset
 from .distillation import _CODE as _OF_DISTILL, _NOT_IDENTITY, distill
 from .models import create_model
@@ -32,7 +32,7 @@ from .variants import layer_to_batch_norm, set_dropout
 
 _all_ = ["METHODS", "check_parameters", "load_smoke", "table_cells"]          # a table's notebook finds all it needs here
 
-# %% ../nbs/11a_experiments.ipynb #3945cafb
+# %% ../nbs/11a_experiments.ipynb #745c9c6b
 def cell_teacher(cell, ds, budget_seconds=None):
     "The teacher of `cell`, trained or from the cache; `budget_seconds` as in `train_teacher`."
     recipe = teacher_recipe(ds, cell.teacher)
@@ -54,7 +54,7 @@ def distil_cell(cell, progress=False, budget_seconds=None):
     student, model = new_student(cell, ds)
     draw = cell_sampler(cell, ds)
     recal = next(ds.batches("train", min(1000, len(ds.train_labels)), generator=torch.Generator().manual_seed(0)))[0]
-    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "student": model, "noise": repr(draw), "distill": _what_counts(cfg, teacher, device),
+    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "student": model, "noise": repr(draw), "distill": _what_counts(cfg, teacher, device, ds.shape),
               "recal_n": len(recal), "device": device.type, "threads": torch.get_num_threads(),
               "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")},
               "code": code_key(*_CODE, *(["variants"] if cell.is_variant else []), *(["diagnostics"] if cfg.alpha == "auto" else []),
@@ -100,12 +100,12 @@ def cell_student(cell, ds, directory):
     student.load_state_dict(load_tensors(f"{directory}/run/student.safetensors"))
     return student.eval().to(pick_device(cell.options.get("device", "auto")))
 
-# %% ../nbs/11a_experiments.ipynb #8a9b5675
-def _what_counts(cfg, teacher, device):
+# %% ../nbs/11a_experiments.ipynb #6496dff3
+def _what_counts(cfg, teacher, device, shape):
     "The fields of `cfg` that have a part in the result, resolved."
     used = cfg.model_dump(exclude={*_NOT_IDENTITY, "device"})
     if resolve_teacher_mode(teacher, cfg.teacher_mode) != "aligned": used.pop("alpha")
-    return {**used, "precision": pick_precision(cfg.precision, device), "teacher_precision": pick_teacher_precision(cfg.precision, device)}
+    return {**used, "precision": pick_student_precision(cfg.precision, device, shape), "teacher_precision": pick_teacher_precision(cfg.precision, device)}
 
 def flat_record(cell, teacher, record):
     "One row of a table's records."

@@ -7,7 +7,7 @@ __all__ = ['Sweep', 'AlphaSweep', 'ReplacementSweep', 'SensitivitySweep', 'Trans
            'RejectionSweep', 'ProtocolSweep', 'StudentSweep', 'run_sweep', 'histories', 'cell_texts', 'pick_regret',
            'break_even', 'factorial_effects']
 
-# %% ../nbs/11c_sweeps.ipynb #8d7b7e8d
+# %% ../nbs/11c_sweeps.ipynb #f97e022f
 import itertools, math
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
 
-from .config import one_of, pick_device, pick_precision, pick_teacher_precision
+from .config import one_of, pick_device, pick_student_precision, pick_teacher_precision
 from .data import load_dataset
 from .experiments import run_cells, with_unfinished
 from .parameters import DistillStudy, Seeds, _each, _listed
@@ -105,7 +105,7 @@ class TransferSweep(Sweep):
         if self.scarce not in self.real_images: raise ValueError(f"scarce must be one of real_images {self.real_images}, not {self.scarce}")
         return self
 
-# %% ../nbs/11c_sweeps.ipynb #a829954c
+# %% ../nbs/11c_sweeps.ipynb #eb239a94
 class PrecisionSweep(Sweep):
     "Parameters of the precision study; steps, batch and learning rate are Table 2's, which share their students."
     absent: ClassVar[tuple] = ("precision",)
@@ -115,13 +115,13 @@ class PrecisionSweep(Sweep):
     lr: float = Field(1e-3, gt=0)
 
     def precision_of(self, way):
-        "What `DistillConfig.precision` is for `fp32`, `teacher` (the default: the teacher in bf16 where the device can) and `bf16`."
+        "What `DistillConfig.precision` is for `fp32`, `teacher` (the default: for small images the teacher alone in bf16, where the device can) and `bf16`."
         return "auto" if way == "teacher" else way
 
     def here(self):
-        "A sentence on what the default means on this device."
+        "A sentence on what the default means on this device, for these images."
         device = pick_device(self.device)
-        teacher, student = pick_teacher_precision("auto", device), pick_precision("auto", device)
+        teacher, student = pick_teacher_precision("auto", device), pick_student_precision("auto", device, load_dataset(self.dataset).shape)
         same = "" if teacher != student else f", so the second way is the {'first' if teacher == 'fp32' else 'third'} here"
         return f"On this {device.type} the default asks the teacher in {teacher} and trains the student in {student}{same}."
 
