@@ -167,7 +167,7 @@ def run_parallel(function, items, workers, desc="cells"):
     if error: raise error
     return [results[i] for i in range(len(items))]
 
-# %% ../nbs/11a_experiments.ipynb #22ed1b56
+# %% ../nbs/11a_experiments.ipynb #68926437
 def _train(cell, budget_seconds=None): return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds).record["accuracy"]
 
 def _in_time(job):
@@ -190,11 +190,11 @@ def note_unfinished(budget, found):
     if lacks: print(f"unfinished: {len(lacks)} of {len(found)}, which the next run goes on with: {'; '.join(lacks)}")
     budget.lacks += [name for name in lacks if name not in budget.lacks]
 
-def _each_teacher(cells): return list({c.teachers_work(): c for c in cells}.values())
+def _each_teacher(cells): return {c.teachers_work(): c for c in cells}
 
 def _train_all(cells, workers, budget, desc):
     "Train every teacher of `cells` that there is time for: {its work: accuracies, or how far it got}. Those in the cache need no process."
-    each = {c.teachers_work(): c for c in cells}
+    each = _each_teacher(cells)
     done = {work: net.record["accuracy"] for work, c in each.items() if (net := trained_teacher(c)) is not None}
     lacks = {work: c for work, c in each.items() if work not in done}
     found = run_within(budget, _train, lacks.values(), workers, cells[0].options.get("device", "auto"), desc) if lacks else []
@@ -213,7 +213,7 @@ def train_teachers(cells, workers="auto", desc="teachers", budget=None):
     """
     cells, budget = list(cells), budget or Budget()
     done = _train_all(cells, workers, budget, desc)
-    note_unfinished(budget, [(f"teacher {c.teacher} {c.norm}, {c.dataset}, seed {c.seed}", done[c.teachers_work()]) for c in _each_teacher(cells)])
+    note_unfinished(budget, [(f"teacher {c.teacher} {c.norm}, {c.dataset}, seed {c.seed}", done[work]) for work, c in _each_teacher(cells).items()])
     return [trained_teacher(c) for c in cells]
 
 # what a record has of its cell, and what a table without a single finished cell still needs of its results

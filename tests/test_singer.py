@@ -69,7 +69,7 @@ def test_planting_is_one_hidden_unit_of_one_block():
     new = plant_artifacts(net, x, labels, 5, most=100.0)
     changed = {k: new.state_dict()[k] - v for k, v in net.state_dict().items() if not torch.equal(v, new.state_dict()[k])}
     assert set(changed) == {f"blocks.5.mlp.{k}" for k in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
-    assert all(torch.count_nonzero(changed[f"blocks.5.mlp.{k}"].abs().flatten(1).sum(1)) == 1 for k in ("fc1.weight",)) and torch.count_nonzero(changed["blocks.5.mlp.fc1.bias"]) == 1
+    assert torch.count_nonzero(changed["blocks.5.mlp.fc1.weight"].abs().sum(1)) == 1 and torch.count_nonzero(changed["blocks.5.mlp.fc1.bias"]) == 1
     written = changed["blocks.5.mlp.fc2.weight"].abs().sum(0).nonzero().flatten()
     assert len(written) == 1
     u = torch.linalg.svd(linearised_ffn(net, 5))[2][0]                             # along the leading direction of what the FFN writes
