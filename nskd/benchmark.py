@@ -32,7 +32,7 @@ from .parameters import Names, _device
 from .plots import use_style
 from .samplers import create_sampler
 
-# %% ../nbs/25_benchmark.ipynb #030140e9
+# %% ../nbs/25_benchmark.ipynb #6168d93a
 CASES = {
     "digits": dict(teacher=("wrn28", 1), student=("wrn16", 1), shape=(1, 8, 8), batch_size={"cpu": 256, "cuda": 1024}, steps={"cpu": 8, "cuda": 10}),
     "cifar": dict(teacher=("r34", None), student=("r18", None), shape=(3, 32, 32), batch_size={"cpu": 128, "cuda": 1024}, steps={"cpu": 1, "cuda": 3}),
@@ -41,16 +41,16 @@ CASES = {
 
 class Case:
     "One of `CASES` on a device: fresh `teacher` and `student` with random weights (speed does not depend on them), and its `cfg`."
-    def __init__(self, name, device="auto", norm="bn", precision="auto", k=4, batch_size=None, classes=10):
+    def __init__(self, name, device="auto", norm="bn", precision="auto", k=4, batch_size=None, classes=10, compile=False):
         one_of(name, CASES, "case")
         self.name, self.device, spec = name, pick_device(device), CASES[name]
         self.shape, self.classes = spec["shape"], classes
         size = batch_size or spec["batch_size"][self.device.type]
         build = lambda net, width, norm: create_model(net, classes, self.shape[0], self.shape[1], norm=norm, width=width, seed=0)
         self.teacher, self.student = build(*spec["teacher"], norm), build(*spec["student"], "bn")
-        self.cfg = DistillConfig(k=k, batch_size=size, precision=precision, device=str(self.device))
+        self.cfg = DistillConfig(k=k, batch_size=size, precision=precision, device=str(self.device), compile=compile)
 
-# %% ../nbs/25_benchmark.ipynb #028b77fd
+# %% ../nbs/25_benchmark.ipynb #f12762af
 def plain_select(labels, batch_size, num_classes):
     "A class-balanced choice, one class after the other: indices (batch_size,)."
     by_class = [torch.nonzero(labels == c).flatten() for c in range(num_classes)]
@@ -101,10 +101,10 @@ class Plain:
     def settle(self): pass
 
 class Ours:
-    "The loop of `distill`; `step()` makes one step. `ahead`: whether the next steps' batches may be made meanwhile."
+    "The loop of `distill`; `step()` makes one step. `ahead`: whether the next steps' batches may be made meanwhile; if not, nothing is compiled either, so that parts can be told apart."
     def __init__(self, case, ahead=True):
         self.case = case
-        self.job, _ = _prepare(case.teacher, case.student, case.cfg, None, create_sampler("gaussian", case.shape), None)
+        self.job, _ = _prepare(case.teacher, case.student, case.cfg if ahead else case.cfg.replace(compile=False), None, create_sampler("gaussian", case.shape), None)
         self.work = _at_work(self.job, ahead)
         self.work.__enter__()
 
@@ -266,7 +266,7 @@ def plot_shares(parts):
     ax.figure.tight_layout()
     return ax.figure
 
-# %% ../nbs/25_benchmark.ipynb #452cd493
+# %% ../nbs/25_benchmark.ipynb #26de76ab
 def cost_of_k(case, ks=(2, 4, 8), turns=5, threads=None):
     """Seconds and peak memory of a step by `k`, in one process a k that take turns: `(DataFrame, slope)`.
 
@@ -286,7 +286,7 @@ def cost_of_k(case, ks=(2, 4, 8), turns=5, threads=None):
 class Query(Ours):
     "One pool query of `Ours`: noise, and the teacher's answers to it, made ahead as whole batches are."
     def __init__(self, case):
-        super().__init__(case, ahead=False)
+        super().__init__(case, ahead=case.cfg.compile)
         supervise, self.done = self.job.supervise, 0
         def make(step):
             with torch.no_grad(): return supervise.query(supervise._noise(case.cfg.batch_size, torch.Generator(case.device).manual_seed(step)))
@@ -304,7 +304,7 @@ class Query(Ours):
 
 LOOPS["query"] = Query
 
-# %% ../nbs/25_benchmark.ipynb #187938b4
+# %% ../nbs/25_benchmark.ipynb #70a33c27
 def benchmark(name, turns=7, threads=None, **options):
     """Ours against the plain loop on one of `CASES`: a dict with ratio, its spread, throughput and the share of the roofline.
 
@@ -321,7 +321,7 @@ def benchmark(name, turns=7, threads=None, **options):
     return {"case": name, "ratio": float(np.median(ratios)), "ratio_low": float(np.quantile(ratios, 0.1)), "ratio_high": float(np.quantile(ratios, 0.9)),
             "images_per_s": cfg.batch_size * cfg.k / seconds, "roofline_fraction": sum(n / peak[precision[who]] for who, n in flops.items()) / seconds,
             "shape": list(case.shape), "plain_seconds": float(np.median(plain)), "seconds": seconds, "gflops_step": sum(flops.values()) / 1e9, "gemm_gflops": {p: r / 1e9 for p, r in peak.items()},
-            "peak_mb": {loop: found[loop]["peak_bytes"] / 1e6 for loop in found}, "precision": precision, "norm": options.get("norm", "bn"),
+            "peak_mb": {loop: found[loop]["peak_bytes"] / 1e6 for loop in found}, "precision": precision, "compile": case.cfg.compile, "norm": options.get("norm", "bn"),
             "batch_size": cfg.batch_size, "k": cfg.k, "turns": turns, "threads": threads or torch.get_num_threads(), "device": str(case.device)}
 
 class BenchmarkParameters(Config):
@@ -333,6 +333,7 @@ class BenchmarkParameters(Config):
     batch_size: Optional[int] = Field(None, ge=2)
     threads: Optional[int] = Field(None, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
     device: Annotated[str, BeforeValidator(_device)] = "auto"
 
     @model_validator(mode="after")
@@ -341,7 +342,7 @@ class BenchmarkParameters(Config):
         for norm in self.norms: one_of(norm, ("bn", "ln", "gn"), "norm")
         return self
 
-    def options(self): return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "device")}
+    def options(self): return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "compile", "device")}
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m nskd.benchmark", description="Ours against the plain loop.")
@@ -350,13 +351,14 @@ def main(arguments=None):
     for option, kind, default in (("turns", int, 7), ("device", str, "auto"), ("norm", str, "bn"), ("precision", str, "auto"), ("k", int, 4)):
         parser.add_argument(f"--{option}", type=kind, default=default)
     for option in ("batch-size", "threads"): parser.add_argument(f"--{option}", type=int)
+    parser.add_argument("--compile", action="store_true", help="compile our networks first (nskd.compiled)")
     a = parser.parse_args(arguments)
-    try: found = benchmark(a.case, a.turns, a.threads, device=a.device, norm=a.norm, precision=a.precision, k=a.k, batch_size=a.batch_size)
+    try: found = benchmark(a.case, a.turns, a.threads, device=a.device, norm=a.norm, precision=a.precision, k=a.k, batch_size=a.batch_size, compile=a.compile)
     except (ValueError, RuntimeError) as e: sys.exit(f"error: {first_line(e)}")
     print(json.dumps(found) if a.json else _told(found))
 
 def _told(f):
-    return (f"{f['case']} on {f['device']} (teacher in {f['precision']['teacher']}, student in {f['precision']['student']}, {f['norm']}, batch {f['batch_size']}, k = {f['k']}): {f['ratio']:.2f} times the plain loop "
+    return (f"{f['case']} on {f['device']} (teacher in {f['precision']['teacher']}, student in {f['precision']['student']}{', compiled' * f['compile']}, {f['norm']}, batch {f['batch_size']}, k = {f['k']}): {f['ratio']:.2f} times the plain loop "
             f"[{f['ratio_low']:.2f}, {f['ratio_high']:.2f}], {f['images_per_s']:,.0f} noise images/s, {100 * f['roofline_fraction']:.0f} % of the machine's matrix products")
 
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -24,7 +24,7 @@ from .runs import LEDGER_PLACES, make_ledger, outputs_dir, read_json
 from .samplers import create_sampler
 from .teachers import TeacherRecipe, train_teacher
 
-# %% ../nbs/21_bring.ipynb #49d0c666
+# %% ../nbs/21_bring.ipynb #cd0b0e5e
 def _shape(value):
     try: shape = tuple(int(v) for v in _listed(value))
     except (TypeError, ValueError): shape = ()
@@ -73,7 +73,7 @@ class BringParameters(DistillFields):
         "The `DistillConfig`, with the alpha that preflight chose (None: nothing is aligned); a run that has begun keeps its own."
         # preflight asks as often as its seconds allow: on a busy machine it may choose otherwise the second time
         if self.alpha == "auto": alpha = begun_with(self.directory() / "run", alpha)
-        names = ("steps", "batch_size", "k", "tau", "lr", "schedule", "plateau_patience", "eval_every", "budget_seconds", "seed", "precision", "device")
+        names = ("steps", "batch_size", "k", "tau", "lr", "schedule", "plateau_patience", "eval_every", "budget_seconds", "seed", "precision", "compile", "device")
         options = with_recipe(self.recipe, {n: getattr(self, n) for n in names})
         return DistillConfig(**options, checkpoint_every=options["eval_every"], alpha=0.5 if alpha is None else alpha,
                              teacher_mode="rs" if alpha == 0 else "auto")

@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'Schedule', 'OPTIMISERS', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult',
            'distill', 'Replay', 'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #c257fb71
+# %% ../nbs/09_distillation.ipynb #da3c3902
 import copy, hashlib, json, math, time, warnings
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .ahead import Ahead, layout
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
+from .compiled import compiled, pays_back
 from .config import Config, autocast, deterministic, first_line, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, threads
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
@@ -35,7 +36,7 @@ from .teachers import train_teacher
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
-# %% ../nbs/09_distillation.ipynb #adadca2f
+# %% ../nbs/09_distillation.ipynb #dd506308
 Alpha = Annotated[Any, BeforeValidator(lambda v: v if v == "auto" else _check_alpha(v))]        # a float from 0 to 1, or "auto"
 
 Schedule = Literal["plateau", "cosine", "linear", "constant", "plateau_on_test_accuracy"]
@@ -59,6 +60,7 @@ class DistillConfig(Config):
     `k` and `batch_size` to these. `prefilter`: the student labels the pool for rejection sampling (in CS mode), and the teacher is asked about the kept
     batch alone. `optimiser`: with torch's own settings; "sgd" has Nesterov momentum 0.9. `warmup`: share of the steps over which the rate rises from 0.
     `average`: decay of an exponential average of the student's weights (timm's, which begins with a shorter one), which is what is judged and returned.
+    `compile`: have `torch.compile` make teacher and student faster (`nskd.compiled`), which rounds otherwise; "auto": where it ends this run sooner, by a trial.
     `checkpoint_part_mb`: write checkpoints in files of at most so many MB (10⁶ bytes), for places that move no larger ones.
     """
     sampler: str = "gaussian"
@@ -91,6 +93,7 @@ class DistillConfig(Config):
     checkpoint_part_mb: Optional[float] = Field(None, ge=0.01)
     budget_seconds: Optional[float] = Field(None, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool | Literal["auto"] = False
     device: str = "auto"
 
     @model_validator(mode="after")
@@ -106,6 +109,16 @@ class DistillConfig(Config):
         if self.pool_size or not self.requery or max(self.k, self.k_end or 1) == 1:
             raise ValueError("with prefilter the student labels a pool of fresh noise, and the teacher is asked about what is kept: it needs k from 2 up, requery, and no pool_size")
         return self
+
+    @model_validator(mode="after")
+    def _compile(self):
+        if self.compile is True and not self.one_size: raise ValueError("every size of a batch is compiled anew: with compile, batch_end must be None, and so must k_end with joint_pool")
+        return self
+
+    @property
+    def one_size(self):
+        "Whether the networks see batches of the same sizes in all steps."
+        return self.batch_end is None and not (self.joint_pool and self.k_end)
 
     def k_at(self, step): return self._between(self.k, self.k_end, step)
 
@@ -144,7 +157,7 @@ def step_seed(seed, step):
     "A seed for `step` (a number or a name) of run `seed`: their hash, 0 … 2**63 - 1."
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/09_distillation.ipynb #add4139f
+# %% ../nbs/09_distillation.ipynb #9fcadca1
 class Supervisor:
     """One batch of noise and the teacher's answers a call: `inputs (B, C, H, W), logits (B, classes)`.
 
@@ -155,6 +168,7 @@ class Supervisor:
     """
     def __init__(self, teacher, draw, cfg, num_classes, device, student=None):
         self.teacher, self.draw, self.cfg, self.num_classes, self.device, self.student = teacher, draw, cfg, num_classes, device, student
+        self.ask = teacher                         # or the same, compiled
         self.fixed = self.targets = None           # the fixed pool, and its cached targets
         self.count_pool = True                     # a resumed run's tally has the pool already
         self.abandoned = False                     # ends what other threads are making
@@ -197,7 +211,7 @@ class Supervisor:
 
     def query(self, x):
         if self.abandoned: raise CancelledError("nobody waits for this batch any more")
-        with autocast(self.device, pick_teacher_precision(self.cfg.precision, self.device)): return over_processes(self.teacher, x).float()
+        with autocast(self.device, pick_teacher_precision(self.cfg.precision, self.device)): return over_processes(self.ask, x).to(torch.float32, copy=True)
 
     def _first_labels(self, x):
         "Logits that the pool is balanced by: the teacher's, or with `prefilter` the student's in CS mode."
@@ -275,13 +289,14 @@ def _average_of(student, decay):
     from timm.utils import ModelEmaV3
     return ModelEmaV3(student, decay, use_warmup=True)
 
-# %% ../nbs/09_distillation.ipynb #c5e35ed8
+# %% ../nbs/09_distillation.ipynb #0021c087
 class _Job:
     def __init__(self, teacher, student, cfg, draw, test_data, recal_images, num_classes, device):
         self.teacher, self.student, self.cfg, self.device = teacher, student, cfg, device
         self.test_data, self.recal_images = test_data, recal_images
         self.supervise = Supervisor(teacher, draw, cfg, num_classes, device, student)
         self.batch = self.make_batch               # or one that makes them ahead
+        self.learn, self.compiled = student, None  # or the same, compiled; None: not decided yet
         self.opt = OPTIMISERS[cfg.optimiser](student.parameters(), cfg.lr)
         self.average = _average_of(student, cfg.average) if cfg.average else None
         on_accuracy = cfg.schedule == "plateau_on_test_accuracy"
@@ -297,6 +312,8 @@ class _Job:
         "The network that is judged, kept and returned."
         return self.average.module if self.average else self.student
 
+    def student_precision(self): return autocast(self.device, pick_student_precision(self.cfg.precision, self.device, self.supervise.draw.shape))
+
     def make_batch(self, step): return self.supervise.make(torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, step)), step)
 
     def look(self):
@@ -305,7 +322,7 @@ class _Job:
         torch.manual_seed(step_seed(cfg.seed, f"{self.step}/student"))       # what the student draws itself: dropout
         x, z_t, seen = self.batch(self.step)
         self.supervise.count(seen)
-        with autocast(self.device, pick_student_precision(cfg.precision, self.device, self.supervise.draw.shape)): z_s = over_processes(self.student, x)
+        with self.student_precision(): z_s = over_processes(self.learn, x)
         return x, z_t, z_s, _loss(z_s, z_t, cfg)
 
     def take_step(self):
@@ -383,7 +400,7 @@ class _Job:
 
     def meta(self):
         return {"step": self.step, "seconds": self.seconds, "history": self.history, "best": self.best, "loss_count": self.loss_count,
-                "lr": self.lr, "plateau": {k: v for k, v in self.plateau.state_dict().items() if k in ("best", "num_bad_epochs", "last_epoch")}}
+                "lr": self.lr, "compiled": self.compiled, "plateau": {k: v for k, v in self.plateau.state_dict().items() if k in ("best", "num_bad_epochs", "last_epoch")}}
 
     def restore(self, tensors, meta):
         part = lambda name: {k.removeprefix(f"{name}/"): v.to(self.device) for k, v in tensors.items() if k.startswith(f"{name}/")}
@@ -395,6 +412,7 @@ class _Job:
         if self.average: self.average.module.load_state_dict(part("average"))
         self.plateau.load_state_dict(meta["plateau"])
         for name in ("step", "seconds", "history", "best", "loss_count", "lr"): setattr(self, name, meta[name])
+        self.compiled = meta.get("compiled", False)                    # a checkpoint of before there was a choice has none
 
 # %% ../nbs/09_distillation.ipynb #f8b0a7bb
 def _input_shape(teacher, student, sampler, test_data):
@@ -430,7 +448,7 @@ def _check_test_data(test_data, recal_images, shape, num_classes, cfg):
     if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"test labels must be int64 in 0 … {num_classes - 1}, not {labels.dtype} in {labels.min().item()} … {labels.max().item()}")
 
-# %% ../nbs/09_distillation.ipynb #ca567239
+# %% ../nbs/09_distillation.ipynb #3323af26
 @dataclass
 class DistillResult:
     "What `distill` returns; accuracies in percent by BN mode, `history` one row an evaluation, weights in `run_dir`."
@@ -445,10 +463,11 @@ class DistillResult:
     best_state: dict = field(default_factory=dict, repr=False)
     alpha: Optional[float] = None              # of batch alignment; None where nothing was aligned
     step: int = 0                              # steps taken
+    compiled: bool = False                     # whether the networks were, see `DistillConfig.compile`
 
     def summary(self):
         "A JSON-like dict of everything but weights and history."
-        return {k: getattr(self, k) for k in ("state", "accuracy", "best", "seconds", "ledger", "alpha")} | {"steps": int(self.history["step"].max()) if len(self.history) else 0}
+        return {k: getattr(self, k) for k in ("state", "accuracy", "best", "seconds", "ledger", "alpha", "compiled")} | {"steps": int(self.history["step"].max()) if len(self.history) else 0}
 
 def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler=None, recal_images=None, progress=True, desc=None):
     """Train `student` to match `teacher` on noise, by `cfg` (a `DistillConfig`); the student is trained in place.
@@ -472,7 +491,7 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
         state = store.finished(job) or _run(job, store, progress, desc)
         return store.result(job, state, ledger_of(job.cfg, job.supervise.draw.uses_data), test_data is not None)
 
-# %% ../nbs/09_distillation.ipynb #0347f42a
+# %% ../nbs/09_distillation.ipynb #48d5e891
 def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     "The checked job, and all that its result depends on."
     device = pick_device(cfg.device)
@@ -500,7 +519,7 @@ def _with_alpha(cfg, teacher, draw, device):
     return cfg.replace(alpha=current().on_first(lambda: pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g)))
 
 # what a run depends on besides its networks and images: begun with another version it is another run
-_CODE = ("ahead", "config", "norms", "samplers", "losses", "evaluation", "checkpoints", "parallel", "distillation")
+_CODE = ("ahead", "compiled", "config", "norms", "samplers", "losses", "evaluation", "checkpoints", "parallel", "distillation")
 
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."
@@ -512,14 +531,42 @@ def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     return {**config, "code": code_key(*_CODE), "noise": repr(draw), "teacher": tensors_key(teacher.state_dict()), "student": tensors_key(student.state_dict()),
             "test_data": seen(test_data), "recal_images": seen(None if recal_images is None else [recal_images])}
 
-# %% ../nbs/09_distillation.ipynb #cc93e69f
+# %% ../nbs/09_distillation.ipynb #a4af9f7e
 @contextmanager
 def _at_work(job, ahead=True):
     "The teacher in its mode, the student in training mode, batches made ahead where that helps, and random states that are given back."
     job.student.train()
     devices = [job.device] if job.device.type == "cuda" else []
     with (teacher_context(job.teacher, job.cfg.teacher_mode, job.cfg.alpha), torch.random.fork_rng(devices=devices), deterministic(job.device),
-          _working_ahead(job) if ahead else nullcontext()): yield
+          _compiled(job), _working_ahead(job) if ahead else nullcontext()): yield
+
+@contextmanager
+def _compiled(job):
+    "Both networks compiled, where that was asked for or pays; a run that has begun keeps to what it began with."
+    if job.compiled is None: job.compiled = job.cfg.compile if job.cfg.compile != "auto" else _pays(job)
+    if job.compiled: job.supervise.ask, job.learn = compiled(job.teacher), compiled(job.student)
+    try: yield
+    finally: job.supervise.ask, job.learn = job.teacher, job.student
+
+def _pays(job):
+    "Whether compiling ends this run sooner. Not tried where the batch changes its size, in several processes, and where lanes keep small operations busy."
+    cfg, supervise = job.cfg, job.supervise
+    if not cfg.one_size or current().size > 1 or _lanes(job)[1]: return False
+    parts = [p for p in job.student.parameters() if p.requires_grad]
+    x, before = supervise._noise(cfg.batch_size, None), {name: b.clone() for name, b in job.student.named_buffers()}
+    def work(ask, learn):
+        supervise.ask = ask
+        with torch.no_grad():
+            for _ in range(max(1, cfg.asks(cfg.k))): z = supervise.query(x)
+        with job.student_precision(): z_s = learn(x)
+        torch.autograd.grad(_loss(z_s, z, cfg), parts, allow_unused=True)
+    quick = compiled(job.teacher), compiled(job.student)
+    about = f"{job.teacher}\n{job.student}\n{supervise.draw.shape} {cfg.batch_size} {cfg.asks(cfg.k)} {cfg.loss} {cfg.precision} {resolve_teacher_mode(job.teacher, cfg.teacher_mode)}"
+    try: return pays_back(lambda: work(job.teacher, job.student), lambda: work(*quick), cfg.steps - job.step, about, job.device)
+    except ValueError: return False                # it can't be compiled
+    finally:
+        supervise.ask = job.teacher
+        for name, b in job.student.named_buffers(): b.copy_(before[name])
 
 @contextmanager
 def _working_ahead(job):
@@ -537,8 +584,8 @@ def _working_ahead(job):
 def _lanes(job):
     "Threads for the student, and lanes for the batches ahead, 0 where they would not be free or not help."
     student, lanes = layout(job.supervise.asks, torch.get_num_threads())
-    # free of the student, a GPU's queue, and other processes; and large images keep all threads busy in every operation (measured at 32x32)
-    free = not job.cfg.prefilter and is_small(job.supervise.draw.shape) and job.device.type == "cpu" and current().size == 1
+    # free of the student, of what is compiled (for one thread after the other), a GPU's queue, and other processes; and large images keep all threads busy in every operation (measured at 32x32)
+    free = not job.cfg.prefilter and not job.compiled and is_small(job.supervise.draw.shape) and job.device.type == "cpu" and current().size == 1
     return student, lanes if free and lanes and not _draws_elsewhere(job.supervise) else 0
 
 def _draws_elsewhere(supervise):
@@ -569,7 +616,7 @@ def _run(job, store, progress, desc):
     job.seconds = before + spent()
     return "finished"
 
-# %% ../nbs/09_distillation.ipynb #46307ab2
+# %% ../nbs/09_distillation.ipynb #9bd0d029
 class _Store:
     """The run directory: what is written there, and what is found there. Without a directory, nothing.
 
@@ -623,6 +670,7 @@ class _Store:
         job.student.load_state_dict(load_tensors(self.dir / "student.safetensors"))
         job.best_state = load_tensors(self.dir / "best.safetensors")
         job.history, job.best, job.seconds, job.step, self.written = record["history"], record["best"], record["seconds"], job.cfg.steps, True
+        job.compiled = record.get("compiled", False)
         return "finished"
 
     def resume(self, job):
@@ -671,7 +719,7 @@ class _Store:
         best = dict(job.best or {})
         if judged and best: best["accuracy"] = {m: best[f"accuracy_{m}"] for m in ("cs", "rs", "recal")}
         result = DistillResult(job.student.eval(), history, accuracy, best, state, ledger, round(job.seconds, 3), self.dir, job.best_state, self.identity["alpha"],
-                               job.step)
+                               job.step, bool(job.compiled))
         self.group.on_first(lambda: self._finish(job, result) if self.dir and state == "finished" and not self.written else None)
         return result
 

@@ -148,7 +148,7 @@ def _shaped(p, z, axis):
     if p is None or p.dim() > 1: return p
     return p.view([-1 if d == axis else 1 for d in range(z.dim())])
 
-# %% ../nbs/02_norms.ipynb #0d7e4e86
+# %% ../nbs/02_norms.ipynb #30bd976f
 def _has_closed_form(norm, x):
     "Whether the closed form is there (a GroupNorm of a map, a batch of one process, no gradient) and faster (measured: on a CPU not for LN's maps below 8x8)."
     if sharing(): return False
@@ -190,7 +190,9 @@ def _in_closed_form(norm, x, alpha):
     by_sample = rstd * scale.view(1, groups, -1)                             # (N, G, C/G)
     shift = torch.addcmul(shift.view(1, groups, -1), centre, by_sample, value=-1)
     scale, shift = (t.reshape(*x.shape[:2], *[1] * (x.dim() - 2)) for t in (by_sample, shift))
-    return (torch.addcmul(shift, z, scale) if z is x else torch.addcmul(shift, z, scale, out=z)).to(x.dtype)
+    # in place where that is no map of somebody else's, and no compiler's business, which does it by itself and can't take `out`
+    own = z is not x and not torch.compiler.is_compiling()
+    return torch.addcmul(shift, z, scale, out=z if own else None).to(x.dtype)
 
 # %% ../nbs/02_norms.ipynb #bb75d64f
 def quick_group_norms(net):

@@ -142,7 +142,7 @@ class StudyParameters(RunParameters):
 
     def networks(self): return {self.teacher}
 
-# %% ../nbs/11_parameters.ipynb #9bb7a659
+# %% ../nbs/11_parameters.ipynb #6b83b36f
 class DistillFields(Config):
     "Of `DistillConfig`, what every notebook that distils lets its reader choose."
     steps: int = Field(400, ge=1)
@@ -155,6 +155,7 @@ class DistillFields(Config):
     plateau_patience: int = Field(10, ge=0)
     eval_every: int = Field(50, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool | Literal["auto"] = False
 
 class DistillStudy(DistillFields, StudyParameters):
     "A study of distilled students: what all of them share."
@@ -162,7 +163,7 @@ class DistillStudy(DistillFields, StudyParameters):
 
     def options(self, **changes):
         "Of `DistillConfig`, what these parameters say, with `changes`."
-        names = ("steps", "batch_size", "k", "alpha", "tau", "lr", "schedule", "plateau_patience", "eval_every", "precision", "device")
+        names = ("steps", "batch_size", "k", "alpha", "tau", "lr", "schedule", "plateau_patience", "eval_every", "precision", "compile", "device")
         return {**{name: getattr(self, name) for name in names}, **changes}
 
     def cell(self, seed, teacher, student, norm, method, **fields):

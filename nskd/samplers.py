@@ -14,7 +14,7 @@ import torch
 from .config import one_of
 from .runs import tensors_key
 
-# %% ../nbs/04_samplers.ipynb #11f45a70
+# %% ../nbs/04_samplers.ipynb #33069459
 class Sampler:
     """Inputs of one kind: `draw(n, generator=None, device=None)` gives float32 (n, *shape).
 
@@ -34,8 +34,9 @@ def _gaussian(size, **kw): return torch.randn(size, **kw)
 def _uniform(size, **kw): return (torch.rand(size, **kw) * 2 - 1).mul_(math.sqrt(3))     # unit variance, as the Gaussian has
 
 def _ddg(mean, std):
+    on = cache(lambda device: [t.to(device).view(1, -1, 1, 1) for t in (mean, std)])       # a GPU is sent them once: it waits for what it is sent
     def sample(size, **kw):
-        m, s = (t.to(kw["device"]).view(1, -1, 1, 1) for t in (mean, std))
+        m, s = on(str(kw["device"]))
         return torch.randn(size, **kw).mul_(s).add_(m).clamp_(0, 1).sub_(m).div_(s)
     return sample
 
