@@ -36,7 +36,7 @@ from .teachers import train_teacher
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
-# %% ../nbs/09_distillation.ipynb #dd506308
+# %% ../nbs/09_distillation.ipynb #4408b280
 Alpha = Annotated[Any, BeforeValidator(lambda v: v if v == "auto" else _check_alpha(v))]        # a float from 0 to 1, or "auto"
 
 Schedule = Literal["plateau", "cosine", "linear", "constant", "plateau_on_test_accuracy"]
@@ -60,7 +60,7 @@ class DistillConfig(Config):
     `k` and `batch_size` to these. `prefilter`: the student labels the pool for rejection sampling (in CS mode), and the teacher is asked about the kept
     batch alone. `optimiser`: with torch's own settings; "sgd" has Nesterov momentum 0.9. `warmup`: share of the steps over which the rate rises from 0.
     `average`: decay of an exponential average of the student's weights (timm's, which begins with a shorter one), which is what is judged and returned.
-    `compile`: have `torch.compile` make teacher and student faster (`nskd.compiled`), which rounds otherwise; "auto": where it ends this run sooner, by a trial.
+    `compile`: have `torch.compile` make teacher and student faster (`nskd.compiled`), which rounds otherwise; "auto": on a GPU, where it ends this run sooner by a trial.
     `checkpoint_part_mb`: write checkpoints in files of at most so many MB (10⁶ bytes), for places that move no larger ones.
     """
     sampler: str = "gaussian"
@@ -491,7 +491,7 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
         state = store.finished(job) or _run(job, store, progress, desc)
         return store.result(job, state, ledger_of(job.cfg, job.supervise.draw.uses_data), test_data is not None)
 
-# %% ../nbs/09_distillation.ipynb #48d5e891
+# %% ../nbs/09_distillation.ipynb #e6dce765
 def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     "The checked job, and all that its result depends on."
     device = pick_device(cfg.device)
@@ -503,6 +503,7 @@ def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     student.to(device, memory_format=torch.channels_last)
     num_classes = _num_classes(frozen, student, shape, device)
     _check_test_data(test_data, recal_images, shape, num_classes, cfg)
+    if cfg.compile is True and current().size > 1: raise ValueError("what several processes share can't be compiled: with compile, start one process")
     check_rows(min(cfg.batch_size, cfg.batch_end or cfg.batch_size, cfg.pool_size or cfg.batch_size))
     cfg = _with_alpha(cfg, frozen, draw, device)
     if cfg.batch_size < num_classes:
@@ -531,7 +532,7 @@ def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     return {**config, "code": code_key(*_CODE), "noise": repr(draw), "teacher": tensors_key(teacher.state_dict()), "student": tensors_key(student.state_dict()),
             "test_data": seen(test_data), "recal_images": seen(None if recal_images is None else [recal_images])}
 
-# %% ../nbs/09_distillation.ipynb #a4af9f7e
+# %% ../nbs/09_distillation.ipynb #e33ce99b
 @contextmanager
 def _at_work(job, ahead=True):
     "The teacher in its mode, the student in training mode, batches made ahead where that helps, and random states that are given back."
@@ -548,10 +549,14 @@ def _compiled(job):
     try: yield
     finally: job.supervise.ask, job.learn = job.teacher, job.student
 
+def _is_worth_a_trial(job):
+    # every size is compiled anew, processes share their batches by what can't be compiled, and a CPU never gained (measured)
+    return job.cfg.one_size and current().size == 1 and job.device.type == "cuda"
+
 def _pays(job):
-    "Whether compiling ends this run sooner. Not tried where the batch changes its size, in several processes, and where lanes keep small operations busy."
+    "Whether compiling ends this run sooner."
+    if not _is_worth_a_trial(job): return False
     cfg, supervise = job.cfg, job.supervise
-    if not cfg.one_size or current().size > 1 or _lanes(job)[1]: return False
     parts = [p for p in job.student.parameters() if p.requires_grad]
     x, before = supervise._noise(cfg.batch_size, None), {name: b.clone() for name, b in job.student.named_buffers()}
     def work(ask, learn):

@@ -15,6 +15,7 @@ import nskd.config, nskd.distillation
 from nskd.distillation import DistillConfig, Supervisor, _at_work, _prepare, distill
 from nskd.models import create_model
 from nskd.norms import teacher_context
+from nskd.parallel import Group
 from nskd.samplers import create_sampler
 
 SHAPE = (3, 32, 32)
@@ -160,7 +161,7 @@ def test_auto_is_decided_once_a_run(monkeypatch, tmp_path):
     def whole(teacher, student): return tiny(teacher, student, TINY.replace(compile=False))
     monkeypatch.setattr(nskd.distillation, "pays_back", pays)
     monkeypatch.setattr(nskd.distillation, "compiled", lambda net: lambda x: net(x))
-    monkeypatch.setattr(nskd.distillation, "_lanes", lambda job: (torch.get_num_threads(), 0))
+    monkeypatch.setattr(nskd.distillation, "_is_worth_a_trial", lambda job: True)
     student, cfg = net(4, 1), TINY.replace(compile="auto")
     assert tiny(net(8, 0), student, cfg.replace(budget_seconds=1e-9), tmp_path).state == "unfinished"
     assert len(asked) == 1 and asked[0][0] == 6 and "BatchNorm2d" in asked[0][1]
@@ -171,16 +172,18 @@ def test_auto_is_decided_once_a_run(monkeypatch, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(plain.student.state_dict().values(), found.student.state_dict().values()))
 
 
-def test_a_short_run_and_one_with_lanes_are_left_as_written(monkeypatch):
+def test_on_a_processor_auto_leaves_a_run_as_written(monkeypatch):
     monkeypatch.setattr(nskd.distillation, "compiled", lambda net: pytest.fail("compiled"))
-    monkeypatch.setattr(nskd.distillation, "_lanes", lambda job: (1, 2))
     job, _ = _prepare(net(8, 0), net(4, 1), TINY.replace(compile="auto"), None, create_sampler("gaussian", (1, 8, 8)), None)
     assert not nskd.distillation._pays(job)
 
 
-def test_what_cannot_be_compiled_is_refused_in_a_sentence():
+def test_what_cannot_be_compiled_is_refused_in_a_sentence(monkeypatch):
     with pytest.raises(ValueError, match="batch_end must be None"): DistillConfig(compile=True, batch_end=64)
     assert DistillConfig(compile="auto", batch_end=64).one_size is False
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="start one process"):
+        m.setattr(nskd.distillation, "current", lambda: Group(0, 2))
+        tiny(net(8, 0), net(4, 1), TINY.replace(compile=True))
     class Odd(torch.nn.Sequential):
         def forward(self, x): return super().forward(x if x.sum().item() > 0 else -x)
     with pytest.raises(ValueError, match="Odd can't be compiled .*: set compile to False"): tiny(Odd(*net(8, 0)), net(4, 1), TINY.replace(compile=True))
