@@ -98,7 +98,7 @@ def plot_transfer(records):
     fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=5, fontsize="small", columnspacing=1, handlelength=1.4)
     return fig
 
-# %% ../nbs/10b_sweep_plots.ipynb #0a626781
+# %% ../nbs/10b_sweep_plots.ipynb #0cdfcc1e
 def plot_curves(history, by, methods):
     """Accuracy and balance along training, a line with its range over seeds for each value of column `by`; returns the figure.
 
@@ -110,7 +110,7 @@ def plot_curves(history, by, methods):
             over = part.groupby("step")[y].agg(["mean", "min", "max"])
             ax.plot(over.index, over["mean"], color=COLOURS[methods[value]], marker="o", markersize=3, label=label(methods[value]))
             ax.fill_between(over.index, over["min"], over["max"], color=COLOURS[methods[value]], alpha=0.15, linewidth=0)
-    left.set(xlabel="steps", ylabel=ACCURACY); right.set(xlabel="steps", ylabel="evenness of the targets' classes")
+    left.set(xlabel="steps", ylabel=ACCURACY); right.set(xlabel="steps", ylabel="evenness of target classes")
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     return fig
 

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nskd.config, nskd.distillation
+from nskd.compiled import _alone
 from nskd.distillation import DistillConfig, Supervisor, _at_work, _prepare, distill
 from nskd.models import create_model
 from nskd.norms import teacher_context
@@ -187,6 +188,17 @@ def test_what_cannot_be_compiled_is_refused_in_a_sentence(monkeypatch):
     class Odd(torch.nn.Sequential):
         def forward(self, x): return super().forward(x if x.sum().item() > 0 else -x)
     with pytest.raises(ValueError, match="Odd can't be compiled .*: set compile to False"): tiny(Odd(*net(8, 0)), net(4, 1), TINY.replace(compile=True))
+
+
+@pytest.mark.parametrize("name,norm", [("wrn16", "gn"), ("vit_tiny", None)])
+def test_networks_are_one_graph_in_every_mode(name, norm):
+    "What compiles is traced as one piece, aligned or with the batch's statistics, frozen or learning."
+    width = {"wrn16": 1, "vit_tiny": 0.125}[name]
+    network = create_model(name, 10, 3, 16, width=width, seed=0, **{} if norm is None else {"norm": norm})
+    trace = lambda: torch.compile(_alone(network), backend="eager", fullgraph=True, dynamic=False)
+    x = torch.randn(4, 3, 16, 16)
+    with teacher_context(network), torch.no_grad(): torch.testing.assert_close(trace()(x), network(x), rtol=1e-4, atol=1e-5)
+    assert trace()(x).requires_grad
 
 
 @needs_gpu
