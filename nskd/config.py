@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['nearest', 'unknown_name', 'first_line', 'one_of', 'Config', 'pick_device', 'is_small', 'pick_precision',
-           'pick_student_precision', 'pick_teacher_precision', 'autocast', 'deterministic', 'threads',
+           'pick_student_precision', 'pick_teacher_precision', 'autocast', 'round_weights', 'deterministic', 'threads',
            'keep_freed_memory']
 
-# %% ../nbs/00b_config.ipynb #f474baeb
+# %% ../nbs/00b_config.ipynb #a40fe8c3
 import ctypes
+from collections import Counter
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
 
 # %% ../nbs/00b_config.ipynb #189d5455
 def nearest(name, valid, cutoff=0.4):
@@ -60,7 +62,7 @@ def _one_sentence(error):
     if first["type"] == "value_error": return message.removeprefix("Value error, ")
     return f"{field}: {message.removeprefix('Input ')[0].lower()}{message.removeprefix('Input ')[1:]}, not {given!r}"
 
-# %% ../nbs/00b_config.ipynb #bdfaea16
+# %% ../nbs/00b_config.ipynb #12629399
 def pick_device(device):
     "`device` as a torch.device; `auto` is the first GPU, else the CPU. ValueError for one that is not there."
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,6 +100,20 @@ def _computes_bf16(kind):
 def autocast(device, precision):
     "The autocast context for `precision` (see `pick_precision`) on a torch.device."
     return torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(precision, device) == "bf16")
+
+def round_weights(net):
+    """Round the weights of `net`'s convolutions and linear layers to bfloat16, in place, and return `net`.
+
+    For a frozen network that is only called under `autocast`, which rounds them at every call: the same bits, less time and memory. Left as they are:
+    subclasses, which may do otherwise, weights that several layers share, and what hooks or parametrisations make.
+    """
+    layers = [m for m in net.modules() if type(m) in _ROUNDED_BY_AUTOCAST and m._parameters.keys() == {"weight", "bias"} and not m._forward_pre_hooks]
+    owners = Counter(id(p) for m in net.modules() for p in m._parameters.values())
+    for m in layers:
+        if owners[id(m.weight)] == 1 and m.weight.dtype == torch.float32: m.to(torch.bfloat16)
+    return net
+
+_ROUNDED_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 def deterministic(device):
     "A context in which a GPU's convolutions are deterministic and fp32 means fp32; nothing changes on a CPU."

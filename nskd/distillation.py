@@ -6,7 +6,7 @@
 __all__ = ['Alpha', 'Schedule', 'OPTIMISERS', 'DistillConfig', 'ledger_of', 'step_seed', 'Supervisor', 'balance', 'DistillResult',
            'distill', 'Replay', 'replay', 'train_teacher']
 
-# %% ../nbs/09_distillation.ipynb #da3c3902
+# %% ../nbs/09_distillation.ipynb #e082e361
 import copy, hashlib, json, math, time, warnings
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .ahead import Ahead, layout
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
 from .compiled import compiled, pays_back
-from .config import Config, autocast, deterministic, first_line, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, threads
+from .config import Config, autocast, deterministic, first_line, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, threads
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, luminet_loss, pseudo_label_loss
@@ -491,7 +491,7 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
         state = store.finished(job) or _run(job, store, progress, desc)
         return store.result(job, state, ledger_of(job.cfg, job.supervise.draw.uses_data), test_data is not None)
 
-# %% ../nbs/09_distillation.ipynb #e6dce765
+# %% ../nbs/09_distillation.ipynb #946a495f
 def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     "The checked job, and all that its result depends on."
     device = pick_device(cfg.device)
@@ -506,6 +506,7 @@ def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     if cfg.compile is True and current().size > 1: raise ValueError("what several processes share can't be compiled: with compile, start one process")
     check_rows(min(cfg.batch_size, cfg.batch_end or cfg.batch_size, cfg.pool_size or cfg.batch_size))
     cfg = _with_alpha(cfg, frozen, draw, device)
+    if pick_teacher_precision(cfg.precision, device) == "bf16": round_weights(frozen)
     if cfg.batch_size < num_classes:
         warnings.warn(f"a batch of {cfg.batch_size} can't hold all {num_classes} classes: rejection sampling balances over steps only", stacklevel=3)
     if test_data is not None: test_data = tuple(t.to(device) for t in test_data)
