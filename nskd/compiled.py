@@ -15,14 +15,14 @@ import torch
 from .config import first_line
 from .runs import _device_name, read_json, write_json
 
-# %% ../nbs/08c_compiled.ipynb #0cec0d55
+# %% ../nbs/08c_compiled.ipynb #75195428
 def compiled(net):
     """`net` as a function of inputs (B, …), compiled by `torch.compile` as one graph; on a GPU replayed as CUDA graphs.
 
     Weights, buffers and modes are those of `net` at each call. Every shape of inputs is compiled when it first comes. ValueError of one sentence, at the first call, for
     a network that `torch.compile` can't take as one graph, and where its compiler is missing.
     """
-    on_gpu = next(net.parameters()).is_cuda
+    on_gpu = any(t.is_cuda for t in net.state_dict().values())
     quick = torch.compile(_alone(net), fullgraph=True, dynamic=False, mode="reduce-overhead" if on_gpu else "default")
     def forward(x):
         if on_gpu: torch.compiler.cudagraph_mark_step_begin()       # what earlier calls returned may be written over
