@@ -7,7 +7,7 @@ __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'PlainAligned', 'P
            'gemm_rate', 'step_flops', 'Stopwatch', 'shares', 'plot_shares', 'cost_of_k', 'Query', 'benchmark',
            'BenchmarkParameters', 'main']
 
-# %% ../nbs/25_benchmark.ipynb #56471a04
+# %% ../nbs/25_benchmark.ipynb #befd0bc3
 "Against the plain loop that a careful user would write, and against the machine's own arithmetic."
 import argparse, json, multiprocessing, resource, sys, time
 from collections import defaultdict
@@ -23,6 +23,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
 from .ahead import Ahead
+from .compiled import _wait
 from .config import Config, first_line, one_of, pick_device, pick_student_precision, pick_teacher_precision, threads as threads_of
 from .distillation import DistillConfig, _at_work, _lanes, _prepare
 from .losses import kd_loss
@@ -116,7 +117,7 @@ class Ours:
 
 LOOPS = {"plain": Plain, "ours": Ours}
 
-# %% ../nbs/25_benchmark.ipynb #584e2484
+# %% ../nbs/25_benchmark.ipynb #50a611d7
 def _serve(pipe, loop, case, threads):
     "In a process of its own: steps on demand, answered by the seconds each took; None asks for the peak memory and ends."
     torch.set_num_threads(threads)
@@ -140,9 +141,6 @@ def _timed(f, device, times=1):
     for _ in range(times): out = f()
     _wait(device)
     return time.perf_counter() - start, out
-
-def _wait(device):
-    if device.type == "cuda": torch.cuda.synchronize()
 
 def peak_memory(device):
     "Bytes that this process has used at most: of the GPU's memory, or of the machine's."

@@ -37,7 +37,7 @@ def _alone(net):
     def forward(x): return net(x)
     return types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
 
-# %% ../nbs/08c_compiled.ipynb #ac5b54fc
+# %% ../nbs/08c_compiled.ipynb #979e6a9b
 WORTH_A_TRIAL = 300.0          # seconds that a run takes as written
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ def try_out(eager, quick, device, repeats=5):
     return Trial(eager, quick, max(0.0, first - 3 * quick))
 
 def _seconds(work, device):
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait(); start = time.perf_counter(); work(); wait()
+    _wait(device); start = time.perf_counter(); work(); _wait(device)
     return time.perf_counter() - start
+
+def _wait(device):
+    if device.type == "cuda": torch.cuda.synchronize()
 
 def pays_back(eager, quick, steps, about, device):
     """Whether `steps` calls of `quick`, compiling included, end sooner than those of `eager`, by a trial that is remembered for `about`.

@@ -62,7 +62,7 @@ def _one_sentence(error):
     if first["type"] == "value_error": return message.removeprefix("Value error, ")
     return f"{field}: {message.removeprefix('Input ')[0].lower()}{message.removeprefix('Input ')[1:]}, not {given!r}"
 
-# %% ../nbs/00b_config.ipynb #12629399
+# %% ../nbs/00b_config.ipynb #e96ed271
 def pick_device(device):
     "`device` as a torch.device; `auto` is the first GPU, else the CPU. ValueError for one that is not there."
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,6 +101,7 @@ def autocast(device, precision):
     "The autocast context for `precision` (see `pick_precision`) on a torch.device."
     return torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(precision, device) == "bf16")
 
+# %% ../nbs/00b_config.ipynb #2dc1871e
 def round_weights(net):
     """Round the weights of `net`'s convolutions and linear layers to bfloat16, in place, and return `net`.
 
@@ -115,6 +116,7 @@ def round_weights(net):
 
 _ROUNDED_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
+# %% ../nbs/00b_config.ipynb #b18e8ef0
 def deterministic(device):
     "A context in which a GPU's convolutions are deterministic and fp32 means fp32; nothing changes on a CPU."
     return torch.backends.cudnn.flags(enabled=device.type == "cuda" or torch.backends.cudnn.enabled, benchmark=False,
