@@ -19,7 +19,8 @@ from scipy import stats
 
 from .attention import attention_layers, attention_report
 from .data import load_dataset
-from .config import Config, pick_device
+from .config import Config
+from .machine import pick_device
 from .experiments import note_unfinished, run_within
 from .parameters import NARROW, Names, RunParameters, Seeds
 from .models import create_model
@@ -94,7 +95,7 @@ def measure_attention(job, budget_seconds=None):
     return {**record, "accuracy": net.record["accuracy"]["rs"], "seconds": net.record["seconds"]}
 
 # what a measurement depends on (its network has a key of its own)
-_CODE = ("config", "data", "image_files", "models", "norms", "parallel", "attention", "samplers", "attention_runs")
+_CODE = ("config", "machine", "data", "image_files", "models", "norms", "parallel", "attention", "samplers", "attention_runs")
 
 def _inputs(job, ds, net):
     "The same number of real and of noise images, in the network's own shape."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'PlainAligned', 'Plain', 'Ours', 'peak_memory', 'take_turns',
-           'gemm_rate', 'step_flops', 'Stopwatch', 'shares', 'plot_shares', 'cost_of_k', 'Query', 'benchmark',
-           'BenchmarkParameters', 'main']
+           'step_flops', 'Stopwatch', 'shares', 'plot_shares', 'cost_of_k', 'Query', 'benchmark', 'BenchmarkParameters',
+           'main']
 
 # %% ../nbs/25_benchmark.ipynb #befd0bc3
 "Against the plain loop that a careful user would write, and against the machine's own arithmetic."
@@ -23,8 +23,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
 from .ahead import Ahead
-from .compiled import _wait
-from .config import Config, first_line, one_of, pick_device, pick_student_precision, pick_teacher_precision, threads as threads_of
+from .config import Config, first_line, one_of
+from .machine import gemm_rates, pick_device, pick_student_precision, pick_teacher_precision, threads as threads_of, timed, wait
 from .distillation import DistillConfig, _at_work, _lanes, _prepare
 from .losses import kd_loss
 from .models import create_model
@@ -125,7 +125,7 @@ def _serve(pipe, loop, case, threads):
         case = Case(**case)
         work = LOOPS[loop](case)
         pipe.send("ready")
-        while (steps := pipe.recv()) is not None: pipe.send(_timed(lambda: _turn(work, steps), case.device)[0] / steps)
+        while (steps := pipe.recv()) is not None: pipe.send(timed(lambda: _turn(work, steps), case.device)[0] / steps)
         pipe.send(peak_memory(case.device))
     except Exception as e: pipe.send(e)
 
@@ -133,14 +133,6 @@ def _turn(work, steps):
     "So many steps. What was made ahead is left as it was found: as many batches for the next turn, and nobody at work in the other loop's."
     for _ in range(steps): work.step()
     work.settle()
-
-def _timed(f, device, times=1):
-    "Seconds that `times` calls of `f` took, and what the last one returned."
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(times): out = f()
-    _wait(device)
-    return time.perf_counter() - start, out
 
 def peak_memory(device):
     "Bytes that this process has used at most: of the GPU's memory, or of the machine's."
@@ -187,15 +179,6 @@ def take_turns(case, turns=7, warm=1, threads=None, loops=("plain", "ours"), ste
     return found
 
 # %% ../nbs/25_benchmark.ipynb #f79a8bf5
-def gemm_rate(precision="fp32", device="auto", size=None, repeats=5):
-    "FLOP/s of square matrix products on this machine, the median of `repeats`; `size`: 2048 on a CPU, 8192 on a GPU."
-    device = pick_device(device)
-    size, dtype = size or (8192 if device.type == "cuda" else 2048), torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    multiply = lambda: a @ b
-    _timed(multiply, device, 2)
-    return 2 * size**3 / float(np.median([_timed(multiply, device)[0] for _ in range(repeats)]))
-
 def step_flops(case):
     "FLOPs of one step of a `Case`: {\"teacher\": of the pool and the targets, \"student\": of its forward and backward pass}."
     loop = Ours(case, ahead=False)
@@ -223,15 +206,15 @@ class Stopwatch:
         job.opt.register_step_pre_hook(lambda *_: (self.end("loss and backward"), self.begin())[0])
         job.opt.register_step_post_hook(lambda *_: self.end("optimiser"))
 
-    def begin(self): _wait(self.device); self.start = time.perf_counter()
+    def begin(self): wait(self.device); self.start = time.perf_counter()
 
-    def end(self, part): _wait(self.device); self.seconds[part] += time.perf_counter() - self.start
+    def end(self, part): wait(self.device); self.seconds[part] += time.perf_counter() - self.start
 
     def timed(self, part, f, without=()):
         "`f`, timed as `part`, less what the parts in `without` took inside it."
         def g(*args):
             before = sum(self.seconds[o] for o in without)
-            seconds, out = _timed(lambda: f(*args), self.device)
+            seconds, out = timed(lambda: f(*args), self.device)
             self.seconds[part] += seconds - (sum(self.seconds[o] for o in without) - before)
             return out
         return g
@@ -248,7 +231,7 @@ def shares(case, steps=10, warm=2, threads=None):
         with threads_of(threads or torch.get_num_threads()):
             for _ in range(warm): loop.step()
             watch = Stopwatch(loop)
-            whole, _ = _timed(loop.step, case.device, steps)
+            whole, _ = timed(loop.step, case.device, steps)
     finally: loop.close()
     seconds = {**watch.seconds, "rest": whole - sum(watch.seconds.values())}
     return pd.DataFrame([{"part": p, "ms": 1000 * seconds[p] / steps, "share": 100 * seconds[p] / whole} for p in PARTS if p in seconds])
@@ -307,12 +290,12 @@ def benchmark(name, turns=7, threads=None, **options):
     """Ours against the plain loop on one of `CASES`: a dict with ratio, its spread, throughput and the share of the roofline.
 
     `ratio`: how many times faster, the median over `turns`, of which `ratio_low` and `ratio_high` are the 10 % and 90 % quantiles. `images_per_s`:
-    noise images, the pool's counted. `roofline_fraction`: the time that the step's FLOPs would take at `gemm_rate`, each in the precision that was
+    noise images, the pool's counted. `roofline_fraction`: the time that the step's FLOPs would take at `gemm_rates`, each in the precision that was
     used, over the time it took. `options`: of `Case`.
     """
     case = Case(name, **options)
     precision = {"teacher": pick_teacher_precision(case.cfg.precision, case.device), "student": pick_student_precision(case.cfg.precision, case.device, case.shape)}
-    with threads_of(threads or torch.get_num_threads()): flops, peak = step_flops(case), {p: gemm_rate(p, case.device) for p in ("fp32", "bf16")}
+    with threads_of(threads or torch.get_num_threads()): flops, peak = step_flops(case), gemm_rates(case.device)
     found = take_turns({"name": name, **options}, turns, threads=threads)
     plain, ours = (np.array(found[loop]["seconds"]) for loop in ("plain", "ours"))
     ratios, cfg, seconds = plain / ours, case.cfg, float(np.median(ours))

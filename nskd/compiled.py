@@ -6,14 +6,14 @@
 __all__ = ['WORTH_A_TRIAL', 'compiled', 'Trial', 'try_out', 'pays_back']
 
 # %% ../nbs/08c_compiled.ipynb #7045c2d9
-import hashlib, os, statistics, time, types
+import statistics, types
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from .config import first_line
-from .runs import _device_name, read_json, write_json
+from .machine import record_of, timed
+from .runs import read_json, write_json
 
 # %% ../nbs/08c_compiled.ipynb #75195428
 def compiled(net):
@@ -51,32 +51,20 @@ class Trial:
 
 def try_out(eager, quick, device, repeats=5):
     "A `Trial` of two functions without arguments that do the same work on `device`, by turns; the medians of `repeats`."
-    _seconds(eager, device)
-    first = sum(_seconds(quick, device) for _ in range(3))          # the third call is the first to replay a CUDA graph
-    took = [(_seconds(eager, device), _seconds(quick, device)) for _ in range(repeats)]
+    timed(eager, device)
+    first, _ = timed(quick, device, 3)                              # the third call is the first to replay a CUDA graph
+    took = [(timed(eager, device)[0], timed(quick, device)[0]) for _ in range(repeats)]
     eager, quick = (statistics.median(t) for t in zip(*took))
     return Trial(eager, quick, max(0.0, first - 3 * quick))
-
-def _seconds(work, device):
-    _wait(device); start = time.perf_counter(); work(); _wait(device)
-    return time.perf_counter() - start
-
-def _wait(device):
-    if device.type == "cuda": torch.cuda.synchronize()
 
 def pays_back(eager, quick, steps, about, device):
     """Whether `steps` calls of `quick`, compiling included, end sooner than those of `eager`, by a trial that is remembered for `about`.
 
     `eager`, `quick`: functions without arguments that do the same work. `about`: a string, all that their speed depends on besides this machine and its versions.
     """
-    path = _path(about, device)
+    path = record_of("compiled", about, str(torch.get_num_threads()), device=device)
     if path.exists(): return Trial(**read_json(path)).pays(steps)
-    if steps * min(_seconds(eager, device) for _ in range(2)) < WORTH_A_TRIAL: return False
+    if steps * min(timed(eager, device)[0] for _ in range(2)) < WORTH_A_TRIAL: return False
     trial = try_out(eager, quick, device)
     write_json(path, asdict(trial))
     return trial.pays(steps)
-
-def _path(about, device):
-    "The file in which the trial of `about` is remembered."
-    name = hashlib.sha256("\n".join((about, _device_name(device), str(torch.get_num_threads()), torch.__version__)).encode()).hexdigest()[:16]
-    return Path(os.environ.get("NSKD_CACHE") or "~/.cache/nskd").expanduser() / "compiled" / f"{name}.json"

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from .ahead import Ahead, layout
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
 from .compiled import compiled, pays_back
-from .config import Config, autocast, deterministic, first_line, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, threads
+from .config import Config, first_line
+from .machine import autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, threads
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, luminet_loss, pseudo_label_loss
@@ -55,7 +56,7 @@ class DistillConfig(Config):
     instead of asking in every step (NormShift-KD, Appendix D.6). `plateau`: cut the rate by `plateau_factor`
     after `plateau_patience` evaluations without a lower *distillation* loss (torch's own defaults; a run with no more
     evaluations than that keeps its rate); `plateau_on_test_accuracy` looks at test labels instead, as earlier public code does. `budget_seconds`: stop at a checkpoint after so long, to be continued.
-    `precision`: "auto" trains in bf16 on a GPU, on a CPU in fp32 or, where images have 24×24 pixels or more and it computes in bf16, in that, and asks the teacher in bf16 wherever the device computes in it.
+    `precision`: "auto" trains in bf16 on a GPU, on a CPU in fp32 or, where images have 24×24 pixels or more and it is faster in bf16 (`nskd.machine`), in that, and asks the teacher in bf16 wherever the device is faster so.
     What follows is not the paper's; `nskd.recipes` says what it is worth. `k_end`, `batch_end`: k and batch size change linearly over the run, from
     `k` and `batch_size` to these. `prefilter`: the student labels the pool for rejection sampling (in CS mode), and the teacher is asked about the kept
     batch alone. `optimiser`: with torch's own settings; "sgd" has Nesterov momentum 0.9. `warmup`: share of the steps over which the rate rises from 0.
@@ -521,7 +522,7 @@ def _with_alpha(cfg, teacher, draw, device):
     return cfg.replace(alpha=current().on_first(lambda: pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g)))
 
 # what a run depends on besides its networks and images: begun with another version it is another run
-_CODE = ("ahead", "compiled", "config", "norms", "samplers", "losses", "evaluation", "checkpoints", "parallel", "distillation")
+_CODE = ("ahead", "compiled", "config", "machine", "norms", "samplers", "losses", "evaluation", "checkpoints", "parallel", "distillation")
 
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."

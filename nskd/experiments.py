@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .config import pick_device, pick_student_precision, pick_teacher_precision, threads
+from .machine import pick_device, pick_student_precision, pick_teacher_precision, threads
 from .data import load_dataset
 from .distillation import _CODE as _OF_DISTILL, _NOT_IDENTITY, distill
 from .models import create_model

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 
-from .config import pick_device, threads
+from .machine import pick_device, threads
 from .data import load_dataset
 from .evaluation import eval_batches
 from .experiments import cell_student, cell_teacher, new_student, pick_workers, run_parallel

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch.func import functional_call, stack_module_state, vmap
 
-from .config import Config, deterministic, one_of, pick_device, threads
+from .config import Config, one_of
+from .machine import deterministic, pick_device, threads
 from .data import load_dataset
 from .experiments import pick_workers, run_parallel
 from .functional import MIN_PAIRS, agreement_rates, functional_metrics

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .data import Dataset, _reason
+from .runs import cache_dir
 
 # %% ../nbs/01b_image_files.ipynb #0f58bd5f
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -291,8 +292,7 @@ def _digest(*about):
 
 def _cache_of(path, *about):
     "The file in $NSKD_CACHE or ~/.cache/nskd where the set at `path` is kept, if `about` is all that matters besides."
-    folder = Path(os.environ.get("NSKD_CACHE") or "~/.cache/nskd").expanduser()
-    return folder / f"{_title(path)}-{_digest('1', str(path), *about)}.safetensors"          # "1": the format of the cache
+    return cache_dir() / f"{_title(path)}-{_digest('1', str(path), *about)}.safetensors"          # "1": the format of the cache
 
 # %% ../nbs/01b_image_files.ipynb #a32fc67d
 def _note(path, names):

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from .calibration import calibration
 from .checkpoints import Checkpoints
-from .config import autocast, deterministic, pick_device, pick_precision, pick_teacher_precision, threads
+from .machine import autocast, deterministic, pick_device, pick_precision, pick_teacher_precision, threads
 from .data import load_dataset
 from .experiments import cell_teacher, pick_workers, run_parallel, train_teachers
 from .luminet import LABELLED, labelled_loss

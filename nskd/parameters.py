@@ -16,7 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal, Optional
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from .config import Config, first_line, one_of, pick_device, unknown_name
+from .config import Config, first_line, one_of, unknown_name
+from .machine import pick_device
 from .distillation import Alpha, DistillConfig, Schedule
 from .models import list_models, _check_width
 from .recipes import RECIPES, with_recipe

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import autocast, pick_device, pick_teacher_precision
+from .machine import autocast, pick_device, pick_teacher_precision, timed
 from .diagnostics import ALPHAS, class_histogram, share_bounds
 from .loading import check_teacher, describe_norms
 from .norms import norm_kinds, teacher_context
@@ -91,19 +91,14 @@ def company_flips(teacher, draw, n, mode, alpha=0.5, batch_size=256, seed=0):
 def forward_cost(net, shape, batch_size, mode="rs", alpha=0.5, precision="fp32"):
     """FLOPs of one image's forward pass (a multiply-add is two), and seconds for an image in a batch of `batch_size`, the faster of two runs.
 
-    `precision`: as a frozen teacher's in `DistillConfig` ("auto": bf16 where the device computes in it).
+    `precision`: as a frozen teacher's in `DistillConfig` ("auto": bf16 where the device gains by it).
     """
     device = next(net.parameters()).device
     x = torch.randn(batch_size, *shape, device=device)
     with teacher_context(net, mode, alpha), autocast(device, pick_teacher_precision(precision, device)):
         with FlopCounterMode(display=False) as counter: net(x[:2])
-        took = []
-        for _ in range(2):
-            if device.type == "cuda": torch.cuda.synchronize()
-            start = time.perf_counter(); net(x)
-            if device.type == "cuda": torch.cuda.synchronize()
-            took.append(time.perf_counter() - start)
-    return counter.get_total_flops() / 2, min(took) / batch_size
+        seconds = min(timed(lambda: net(x), device)[0] for _ in range(2))
+    return counter.get_total_flops() / 2, seconds / batch_size
 
 # %% ../nbs/18_preflight.ipynb #bf5d3573
 LEAST, ENOUGH = 0.1, 0.5          # of the score: below the first no go, below the second with care

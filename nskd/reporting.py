@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from .config import pick_device
+from .machine import pick_device
 from .data import load_dataset
 from .experiments import trained_teacher
 from .norms import teacher_context

@@ -21,7 +21,8 @@ from torch import nn
 
 from .attention import prefix_tokens
 from .artifacts import artifact_report, norm_statistics, patch_norms, plant_artifacts
-from .config import Config, deterministic, one_of, pick_device, threads
+from .config import Config, one_of
+from .machine import deterministic, pick_device, threads
 from .evaluation import evaluate
 from .experiments import pick_workers, run_parallel
 from .feature_baselines import FitNet, ViTKD

@@ -16,7 +16,8 @@ import pandas as pd
 from pydantic import Field
 
 from .checkpoints import Checkpoints
-from .config import Config, first_line, one_of, pick_device, threads, unknown_name
+from .config import Config, first_line, one_of, unknown_name
+from .machine import pick_device, threads
 from .data import load_dataset
 from .experiments import cell_teacher, distil_cell
 from .models import list_models

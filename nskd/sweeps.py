@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
 
-from .config import one_of, pick_device, pick_student_precision, pick_teacher_precision
+from .config import one_of
+from .machine import pick_device, pick_student_precision, pick_teacher_precision
 from .data import load_dataset
 from .experiments import run_cells, with_unfinished
 from .parameters import DistillStudy, Seeds, _each, _listed

@@ -15,7 +15,8 @@ from pydantic import Field
 from tqdm import tqdm
 
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
-from .config import Config, autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_precision, threads
+from .config import Config
+from .machine import autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_precision, threads
 from .evaluation import evaluate_modes
 from .models import create_model, _whole
 from .norms import replace_norm
@@ -197,7 +198,7 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     return net.eval().to(device)
 
 # what a teacher depends on: a change there makes it a new one
-_CODE = ("config", "data", "image_files", "models", "norms", "parallel", "evaluation", "checkpoints", "teachers")
+_CODE = ("config", "machine", "data", "image_files", "models", "norms", "parallel", "evaluation", "checkpoints", "teachers")
 
 def _build(model, fraction, seed):
     if fraction == 1 or model["norm"] in (None, "bn"): return create_model(**model, seed=seed)

@@ -130,7 +130,7 @@ def measure_theory(job, budget_seconds=None):
             "seconds": vit.record["seconds"] + cnn.record["seconds"]}
 
 # what the measurements depend on (both networks have keys of their own)
-_CODE = ("config", "models", "norms", "parallel", "attention", "samplers", "theory", "theory_runs")
+_CODE = ("config", "machine", "models", "norms", "parallel", "attention", "samplers", "theory", "theory_runs")
 
 def _shift(cnn, x, g):
     laws = {"gaussian": (lambda s, g: torch.randn(s, generator=g) * 2 + 1, 1, 4), "uniform": (lambda s, g: torch.rand(s, generator=g), 0.5, 1 / 12),

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from .config import pick_device
+from .machine import pick_device, timed
 from .data import load_dataset
 from .diagnostics import ALPHAS, alpha_sweep
 from .models import create_model
@@ -66,10 +66,10 @@ def affine_change(net, x):
 # %% ../nbs/16b_untrained.ipynb #ccd30197
 def seconds(f, device):
     "Seconds that `f()` takes: of the processor on a CPU, where other programs run too, of the clock on a GPU."
-    clock, wait = (time.perf_counter, torch.cuda.synchronize) if device.type == "cuda" else (time.process_time, lambda: None)
-    wait(); start = clock()
-    f(); wait()
-    return clock() - start
+    if device.type == "cuda": return timed(f, device)[0]
+    start = time.process_time()
+    f()
+    return time.process_time() - start
 
 def overhead(plain, aligned, x, rounds=5):
     "Percent that `aligned` takes longer than `plain` on `x`: the fastest of some rounds of each, taken in turns after a first one."

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import nskd.config, nskd.distillation
+import nskd.distillation, nskd.machine
 from nskd.compiled import _alone
 from nskd.distillation import DistillConfig, Supervisor, _at_work, _prepare, distill
 from nskd.models import create_model
@@ -48,7 +48,7 @@ class Pretended(TorchFunctionMode):
 @pytest.fixture
 def pretend(monkeypatch):
     "A context in which tensors on `GPU` are fake."
-    monkeypatch.setattr(nskd.config, "_computes_bf16", lambda kind: True)
+    monkeypatch.setattr(nskd.machine, "gains_by_bf16", lambda kind: True)
     generator = torch.Generator
     monkeypatch.setattr(nskd.distillation.torch, "Generator", lambda device=None: generator())
     fake = FakeTensorMode(allow_non_fake_inputs=True)

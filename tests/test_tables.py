@@ -12,7 +12,7 @@ from papermill.cli import _resolve_type
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from nskd.config import threads
+from nskd.machine import threads
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
