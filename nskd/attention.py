@@ -137,11 +137,12 @@ def attention_report(net, images, bins=(32, 64, 128), batch_size=64):
     similar, keys = {n: [] for n in names}, {}
 
     def see(s):
-        spread, entropy = (t.view(count, -1) for t in row_statistics(s.scores, prefix, s.blocked))
+        # double: the squares' mean and the mean's square differ in the last digits where all rows are nearly alike
+        spread, entropy = (t.view(count, -1).double() for t in row_statistics(s.scores, prefix, s.blocked))
         n = s.scores.shape[-1] - prefix
         keys[s.name] = n
         if n < 2: spread, entropy = spread * math.nan, entropy * math.nan
-        rows[s.name].append(torch.stack([spread.mean(1), spread.square().mean(1), entropy.mean(1), entropy.square().mean(1)], 1).double().cpu())
+        rows[s.name].append(torch.stack([spread.mean(1), spread.square().mean(1), entropy.mean(1), entropy.square().mean(1)], 1).cpu())
     def block_output(name):
         def hook(m, args, out):
             tokens = out.flatten(1, -2)[:, prefix:]

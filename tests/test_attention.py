@@ -110,6 +110,7 @@ def test_a_report_does_not_depend_on_the_batch_size_and_agrees_with_the_scores(s
         if blocks["keys"][i] < 2: assert math.isnan(blocks.spread[i]); continue
         assert blocks.spread[i] == pytest.approx(spread.mean().item(), rel=1e-4) and blocks.spread_std[i] == pytest.approx(spread.std(correction=0).item(), rel=1e-3, abs=1e-5)
         assert blocks.entropy[i] == pytest.approx(entropy.mean().item(), rel=1e-4)
+        assert blocks.entropy_std[i] == pytest.approx(entropy.double().std(correction=0).item(), rel=1e-2, abs=1e-6)
     assert images.lpse_16.mean() == pytest.approx(blocks.pse_16.sum())
 
 
