@@ -182,14 +182,20 @@ def inject(fault, times, seed=0, whole=None):
 
 def whole_runs():
     "Every run of `RUNS` without a fault: {name: (its outcome, the seconds that it takes)}."
-    found = {}
-    for name in RUNS:
-        with tempfile.TemporaryDirectory() as d:
-            begin = time.perf_counter()
-            code, seconds = finish(start(lambda: smoke_run(name, d))), time.perf_counter() - begin
-            if code != 0: raise RuntimeError(f"the run {name!r} fails without a fault")
-            found[name] = outcome(d), seconds
-    return found
+    _warm_up()
+    return {name: _whole(name) for name in RUNS}
+
+def _whole(name):
+    with tempfile.TemporaryDirectory() as d:
+        begin = time.perf_counter()
+        code, seconds = finish(start(lambda: smoke_run(name, d))), time.perf_counter() - begin
+        if code != 0: raise RuntimeError(f"the run {name!r} fails without a fault")
+        return outcome(d), seconds
+
+def _warm_up():
+    "Load and keep what a run needs, once: every child would do it again, and take twice as long. Without a backward pass, whose threads on a GPU no fork survives."
+    with tempfile.TemporaryDirectory() as d:
+        if finish(start(lambda: smoke_run("rejection sampling", d))) == 0: smoke_run("rejection sampling", d)         # made there, found here
 
 def fault_table(times, seed=0):
     """What `inject` says of every fault in `times` ({fault: how often}), as a DataFrame; in a process of its own, since it forks.

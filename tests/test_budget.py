@@ -4,7 +4,7 @@ import json, shutil
 import pandas as pd
 import pytest
 
-from test_tables import papermill
+from test_tables import run_here
 
 CLAIMS = {"table11": 5, "figure1": 6, "table9": 0}       # a sweep of students, a study of teachers, measurements from the cache; of the last none without a network
 
@@ -25,8 +25,8 @@ def unfinished(done, outputs, name, claims):
 def run(request, repo, tmp_path_factory):
     "A notebook at the smoke tier from nothing: without time, then to its end."
     name, base = request.param, tmp_path_factory.mktemp(request.param)
-    again = lambda *args: papermill(repo, name, base/f"{name}.ipynb", "-f", repo/f"params/smoke/{name}.yaml", *args)
-    lacks = unfinished(again("-p", "budget_seconds", "0.001"), base, name, CLAIMS[name])
+    again = lambda *args: run_here(repo, name, base/f"{name}.ipynb", "-f", repo/f"params/smoke/{name}.yaml", *args)
+    lacks = unfinished(again("-p", "budget_seconds", "1e-9"), base, name, CLAIMS[name])
     done = again()
     assert done.returncode == 0, done.stderr[-2000:]
     assert "unfinished" not in json.loads((base/name/"results.json").read_text())
@@ -43,12 +43,12 @@ def test_a_run_that_lost_some_shows_the_others_and_ends_with_the_same_numbers(ru
     outputs = shutil.copytree(base, tmp_path/"outputs")
     kind = {"table11": "distil", "figure1": "teachers", "table9": "teachers"}[name]
     shutil.rmtree(sorted((outputs/kind).iterdir())[0])
-    late = papermill(repo, name, outputs/f"{name}.ipynb", "-f", repo/f"params/smoke/{name}.yaml", "-p", "budget_seconds", "0.001")
+    late = run_here(repo, name, outputs/f"{name}.ipynb", "-f", repo/f"params/smoke/{name}.yaml", "-p", "budget_seconds", "1e-9")
     claims = len(json.loads((base/name/"claims.json").read_text())) if name != "table9" else len(json.loads((outputs/name/"claims.json").read_text()))
     assert len(unfinished(late, outputs, name, claims)) == 1
     whole, part = pd.read_csv(base/name/"records.csv"), pd.read_csv(outputs/name/"records.csv")
     value = {"table11": "cs", "figure1": "effective_classes", "table9": "spread"}[name]
     assert 0 < part[value].notna().sum() < whole[value].notna().sum() and set(part[value].dropna()) <= set(whole[value])
-    assert papermill(repo, name, outputs/f"{name}.ipynb", "-f", repo/f"params/smoke/{name}.yaml").returncode == 0
+    assert run_here(repo, name, outputs/f"{name}.ipynb", "-f", repo/f"params/smoke/{name}.yaml").returncode == 0
     again = pd.read_csv(outputs/name/"records.csv").drop(columns=["seconds", "directory", "cached"], errors="ignore")
     pd.testing.assert_frame_equal(again, whole.drop(columns=["seconds", "directory", "cached"], errors="ignore"), check_exact=True)

@@ -1,6 +1,5 @@
 """The practitioner's notebook, run by papermill as they would: a teacher that is known by its file alone, and what can be wrong with it."""
 import json, re
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from nskd.models import create_model
 from nskd.norms import norm_kinds
 from nskd.runs import save_tensors
 from nskd.teachers import TeacherRecipe, train_teacher
-from test_tables import check_refused, papermill
+from test_tables import check_refused, papermill, run_here
 
 QUICK = ["-p", "steps", "4", "-p", "batch_size", "64", "-p", "k", "2", "-p", "eval_every", "2", "-p", "preflight_seconds", "1", "-p", "force", "True", "-p", "student_width", "1"]
 
@@ -27,14 +26,13 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def runs(repo, tmp_path_factory):
-    "Each of them the whole way to a folder, two at a time: (folder, {way: finished process})."
+    "Each of them the whole way to a folder, one by papermill: (folder, {way: how it ended})."
     base = tmp_path_factory.mktemp("distill")
     demo_teacher(base/"mine.pt2", norm="ln", epochs=1)
     bn = train_teacher("wrn28", load_dataset("digits"), norm="bn", width=1, recipe=TeacherRecipe(epochs=1), device="cpu", progress=False)
     save_tensors(base/"mine.safetensors", bn.state_dict())
-    with ThreadPoolExecutor(2) as pool:
-        done = pool.map(lambda way: papermill(repo, "distill", base/f"{way}.ipynb", *WAYS[way], "-p", "run", way, *QUICK), WAYS)
-        return base, dict(zip(WAYS, done))
+    runs = {"program": papermill, "weights": run_here, "timm": run_here}
+    return base, {way: run(repo, "distill", base/f"{way}.ipynb", *WAYS[way], "-p", "run", way, *QUICK) for way, run in runs.items()}
 
 
 @pytest.mark.parametrize("way, kind, norms, shape, classes", [("program", "pt2", "GroupNorms|LayerNorms", (1, 8, 8), 10), ("weights", "weights", "BatchNorms", (1, 8, 8), 10),
@@ -57,9 +55,9 @@ def test_the_whole_way_from_a_teacher_to_a_folder(runs, way, kind, norms, shape,
 def test_a_budget_stops_and_goes_on(repo, runs, tmp_path):
     base, _ = runs
     args = ["-p", "teacher", base/"mine.pt2", "-p", "run", "parts", *QUICK]
-    first = papermill(repo, "distill", tmp_path/"first.ipynb", *args, "-p", "budget_seconds", "0.001")
+    first = run_here(repo, "distill", tmp_path/"first.ipynb", *args, "-p", "budget_seconds", "1e-9")
     assert first.returncode == 0 and "unfinished after" in (tmp_path/"first.ipynb").read_text(), first.stderr[-1500:]
-    second = papermill(repo, "distill", tmp_path/"second.ipynb", *args)
+    second = run_here(repo, "distill", tmp_path/"second.ipynb", *args)
     assert second.returncode == 0 and "finished after 4 steps" in (tmp_path/"second.ipynb").read_text(), second.stderr[-1500:]
 
 

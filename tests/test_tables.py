@@ -1,9 +1,10 @@
-"""Table notebooks, run by papermill as a user would: a run, a second run, and the ways to get a parameter wrong."""
+"""Table notebooks, run as a user would, by papermill or with its words: a run, a second run, and the ways to get a parameter wrong."""
 import json, os, shutil, subprocess, sys, traceback
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -23,14 +24,22 @@ def papermill(repo, notebook, output, *args, outputs=None):
                           cwd=output.parent, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def run_smoke(repo, notebook, output):
-    "The notebook as `nbdev_test` runs it, in its shell and at the smoke tier, but in this process and kept in `output`: a kernel would take seconds."
+def run_here(repo, notebook, output, *args, outputs=None, **env):
+    "As `papermill`, with the words of its command line and its injected cell, but in this process, as `nbdev_test` does it: a kernel would take seconds."
     with pytest.MonkeyPatch.context() as m, threads(1):
-        m.setenv("NSKD_OUTPUTS", str(output.parent)); m.setenv("IN_TEST", "1"); m.chdir(repo/"nbs"); m.setattr(sys, "path", list(sys.path))
-        try: CaptureShell().execute(str(repo/f"nbs/{notebook}.ipynb"), str(output), exc_stop=True)
+        m.setenv("NSKD_OUTPUTS", str(outputs or output.parent)); m.delenv("IN_TEST", raising=False); m.chdir(output.parent); m.setattr(sys, "path", list(sys.path))
+        for name, value in env.items(): m.setenv(name, value)
+        given = repo/f"nbs/{notebook}.ipynb"
+        if args: nbformat.write(parameterize_notebook(load_notebook_node(str(given)), parameters(args)), given := output.with_name(f"given-{output.name}"))
+        try: CaptureShell().execute(str(given), str(output), exc_stop=True)
         except Exception as e: return SimpleNamespace(returncode=1, stderr="".join(traceback.format_exception(e)))
         finally: plt.close("all")
     return SimpleNamespace(returncode=0, stderr="")
+
+
+def run_smoke(repo, notebook, output):
+    "The notebook at the smoke tier, by its own choice under test, kept in `output`."
+    return run_here(repo, notebook, output, IN_TEST="1")
 
 
 def smoke_runs(repo, base, names):
@@ -51,10 +60,11 @@ def check_smoke_results(base, done, name, claims, prefix=None):
 
 def parameters(words):
     "What papermill makes of the words of its command line."
-    given, words = {}, list(words)
+    given, words = {}, [str(w) for w in words]
     while words:
         option = words.pop(0)
-        given |= {words.pop(0): _resolve_type(words.pop(0))} if option == "-p" else yaml.safe_load(words.pop(0))
+        if option == "-p": given |= {words.pop(0): _resolve_type(words.pop(0))}
+        else: given |= yaml.safe_load(Path(words.pop(0)).read_text() if option == "-f" else words.pop(0))
     return given
 
 
@@ -81,14 +91,11 @@ def numbers(folder, name):
 
 @pytest.fixture(scope="module")
 def runs(repo, tmp_path_factory):
-    "Both tables at the smoke tier, Table 2 twice from nothing, and a warm third time."
-    base = tmp_path_factory.mktemp("tables")
-    def run(job):
-        folder, notebook = job
+    "Both tables at the smoke tier; Table 2 twice from nothing, by papermill and here."
+    base, done = tmp_path_factory.mktemp("tables"), {}
+    for folder, notebook, run in (("a", "table2", papermill), ("b", "table2", run_here), ("four", "table4", run_here)):
         (base/folder).mkdir()
-        return papermill(repo, notebook, base/folder/"out.ipynb", "-f", repo/f"params/smoke/{notebook}.yaml")
-    jobs = [("a", "table2"), ("b", "table2"), ("four", "table4")]
-    with ThreadPoolExecutor(2) as pool: done = dict(zip([j[0] for j in jobs], pool.map(run, jobs)))
+        done[folder] = run(repo, notebook, base/folder/"out.ipynb", "-f", repo/f"params/smoke/{notebook}.yaml")
     return base, done
 
 
@@ -122,14 +129,14 @@ def test_records_say_what_a_reader_needs(runs):
 
 def test_a_warm_run_trains_nothing(repo, runs):
     base, _ = runs
-    done = papermill(repo, "table2", base/"a/again.ipynb", "-f", repo/"params/smoke/table2.yaml")
+    done = run_here(repo, "table2", base/"a/again.ipynb", "-f", repo/"params/smoke/table2.yaml")
     assert done.returncode == 0, done.stderr[-2000:]
     assert pd.read_csv(base/"a/table2-wrn28/records.csv").cached.all()
 
 
 def test_a_table_out_of_time_shows_the_cells_it_has_and_names_the_others(repo, runs, tmp_path):
     outputs = shutil.copytree(runs[0]/"a", tmp_path/"a")
-    done = papermill(repo, "table2", outputs/"late.ipynb", "-f", repo/"params/smoke/table2.yaml", "-p", "seeds", "3", "-p", "budget_seconds", "0.001")
+    done = run_here(repo, "table2", outputs/"late.ipynb", "-f", repo/"params/smoke/table2.yaml", "-p", "seeds", "3", "-p", "budget_seconds", "1e-9")
     assert done.returncode == 0, done.stderr[-2000:]
     records = numbers(outputs, "table2-wrn28")
     pd.testing.assert_frame_equal(records, numbers(runs[0]/"b", "table2-wrn28"), check_exact=True)
@@ -141,7 +148,7 @@ def test_a_table_out_of_time_shows_the_cells_it_has_and_names_the_others(repo, r
 
 
 def test_a_table_without_time_is_empty_and_no_error(repo, tmp_path):
-    done = papermill(repo, "table2", tmp_path/"out.ipynb", "-f", repo/"params/smoke/table2.yaml", "-p", "budget_seconds", "0.001")
+    done = run_here(repo, "table2", tmp_path/"out.ipynb", "-f", repo/"params/smoke/table2.yaml", "-p", "budget_seconds", "1e-9")
     assert done.returncode == 0, done.stderr[-2000:]
     assert numbers(tmp_path, "table2-wrn28").empty and json.loads((tmp_path/"table2-wrn28/claims.json").read_text()) == []
 
