@@ -12,6 +12,7 @@ __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'PlainAligned', 'P
 import argparse, json, multiprocessing, resource, sys, time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib import import_module
 from typing import Annotated, Literal, Optional
 
@@ -139,10 +140,18 @@ def peak_memory(device):
     if device.type == "cuda": return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+@cache
+def _context():
+    "How processes are started: from one that has loaded PyTorch and done nothing with it, where the system can fork; loading takes seconds."
+    if "forkserver" not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nskd.benchmark"])
+    return context
+
 @contextmanager
 def _process(loop, case, threads):
     "A pipe to a process that serves `loop`."
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     pipe, far = context.Pipe()
     serve = import_module("nskd.benchmark")._serve          # by its module: a notebook's own functions can't be sent
     process = context.Process(target=serve, args=(far, loop, case, threads), daemon=True)

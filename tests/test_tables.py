@@ -24,10 +24,10 @@ def papermill(repo, notebook, output, *args, outputs=None):
                           cwd=output.parent, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def run_here(repo, notebook, output, *args, outputs=None, **env):
+def run_here(repo, notebook, output, *args, folder=None, **env):
     "As `papermill`, with the words of its command line and its injected cell, but in this process, as `nbdev_test` does it: a kernel would take seconds."
     with pytest.MonkeyPatch.context() as m, threads(1):
-        m.setenv("NSKD_OUTPUTS", str(outputs or output.parent)); m.delenv("IN_TEST", raising=False); m.chdir(output.parent); m.setattr(sys, "path", list(sys.path))
+        m.setenv("NSKD_OUTPUTS", str(output.parent)); m.delenv("IN_TEST", raising=False); m.chdir(folder or output.parent); m.setattr(sys, "path", list(sys.path))
         for name, value in env.items(): m.setenv(name, value)
         given = repo/f"nbs/{notebook}.ipynb"
         if args: nbformat.write(parameterize_notebook(load_notebook_node(str(given)), parameters(args)), given := output.with_name(f"given-{output.name}"))
@@ -39,7 +39,7 @@ def run_here(repo, notebook, output, *args, outputs=None, **env):
 
 def run_smoke(repo, notebook, output):
     "The notebook at the smoke tier, by its own choice under test, kept in `output`."
-    return run_here(repo, notebook, output, IN_TEST="1")
+    return run_here(repo, notebook, output, folder=repo/"nbs", IN_TEST="1")
 
 
 def smoke_runs(repo, base, names):
