@@ -145,7 +145,7 @@ def _context():
     "How processes are started: from one that has loaded PyTorch and done nothing with it, where the system can fork; loading takes seconds."
     if "forkserver" not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nskd.benchmark"])
+    context.set_forkserver_preload(["nskd.distillation", "nskd.parameters", "nskd.plots"])       # all that this module loads; itself it may be `__main__`
     return context
 
 @contextmanager
