@@ -325,12 +325,15 @@ class BenchmarkParameters(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     device: Annotated[str, BeforeValidator(_device)] = "auto"
+    machine: Optional[str] = Field(None, pattern="^[A-Za-z0-9_.-]+$")
 
     @model_validator(mode="after")
     def _known(self):
         for case in self.cases: one_of(case, CASES, "case")
         for norm in self.norms: one_of(norm, ("bn", "ln", "gn"), "norm")
         return self
+
+    def run_name(self): return f"benchmark-{self.machine}" if self.machine else "benchmark"
 
     def options(self): return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "compile", "device")}
 

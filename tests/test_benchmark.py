@@ -49,7 +49,7 @@ def test_the_plain_choice_is_as_fair_as_ours():
 
 
 @pytest.mark.parametrize("bad, words", [(dict(cases="digit"), "did you mean 'digits'?"), (dict(norms="in"), "norm"), (dict(turns=0), "greater than or equal to 1"),
-                                        (dict(k=1), "greater than or equal to 2"), (dict(turn=3), "did you mean 'turns'?"), (dict(precision="fp16"), "precision")])
+                                        (dict(k=1), "greater than or equal to 2"), (dict(turn=3), "did you mean 'turns'?"), (dict(precision="fp16"), "precision"), (dict(machine="a/b"), "machine")])
 def test_bad_parameters_are_one_sentence(bad, words):
     with pytest.raises(ValueError) as e: check_parameters(dict(bad), BenchmarkParameters)
     assert words in str(e.value) and "\n" not in str(e.value)

@@ -202,7 +202,7 @@ class TestMake:
         plan = self.make("-n", "-o", ".venv/.ok", "test").stdout
         skipped = {p.stem for p in NOTEBOOKS if re.search(re.search(r"--skip_file_re '(.*?)'", plan)[1], p.name)}
         text = {p.name: p.read_text() for p in (ROOT/"tests").glob("test_*.py")}
-        run = {n for t in text.values() for n in re.findall(r'papermill\(repo, "(\w+)"|\("\w+", "(\w+)"\)', t) for n in n if n}
+        run = {n for t in text.values() for n in re.findall(r'\b(?:papermill|run_here|run)\(repo, "(\w+)"|\("\w+", "(\w+)", (?:papermill|run_here)\)', t) for n in n if n}
         for t in text.values(): run |= {n for d in re.findall(r"^(?:CLAIMS|NOTEBOOKS) = (\{.*?\})", t, re.M) for n in ast.literal_eval(d)}
         assert skipped and skipped == {p.stem for p in NOTEBOOKS if parameter_cells(read(p))} and skipped <= run
 
