@@ -137,7 +137,7 @@ def _turn(work, steps):
 
 def peak_memory(device):
     "Bytes that this process has used at most: of the GPU's memory, or of the machine's."
-    if device.type == "cuda": return torch.cuda.max_memory_allocated()
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 @cache

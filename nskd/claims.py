@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDER', 'LedgerParameters', 'Entry', 'read_entries', 'Run', 'published_dir', 'read_runs', 'checks_run', 'combine',
            'build_ledger', 'count_verdicts', 'ledger_table', 'markdown_ledger', 'markdown_runs', 'write_ledger',
-           'publish_ledger']
+           'publish_ledger', 'ledger_page']
 
 # %% ../nbs/16_claims.ipynb #7c9a43a0
 import os, re
@@ -212,12 +212,14 @@ def markdown_ledger(ledger, up="../"):
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)
 
 def markdown_runs(runs, up="../"):
-    "A list of runs as Markdown: the titles of their notebooks as links, seeds; `up` as above."
+    "A list of runs as Markdown: the titles of their notebooks as links, seeds, minutes (less where networks were there already); `up` as above."
     root, lines = published_dir().parents[1], []
     for r in runs:
-        first = read_json(root / r.link)["cells"][0]["source"] if r.link.endswith(".ipynb") else f"# {r.name}"
-        title = "".join(first).splitlines()[0].lstrip("# ")
-        lines.append(f"* [{title}]({up}{r.link}) ({r.name}, {r.seeds} seed{'s' * (r.seeds != 1)})")
+        notebook = read_json(root / r.link) if r.link.endswith(".ipynb") else {"cells": [{"source": f"# {r.name}"}], "metadata": {}}
+        title = "".join(notebook["cells"][0]["source"]).splitlines()[0].lstrip("# ")
+        seconds = notebook["metadata"].get("papermill", {}).get("duration")
+        took = f", {seconds / 60:.0f} min" if seconds and seconds >= 60 else f", {seconds:.0f} s" if seconds else ""
+        lines.append(f"* [{title}]({up}{r.link}) ({r.name}, {r.seeds} seed{'s' * (r.seeds != 1)}{took})")
     return "\n".join(lines)
 
 # %% ../nbs/16_claims.ipynb #555fb8ec
@@ -228,7 +230,16 @@ def write_ledger(ledger, own):
     return path
 
 def publish_ledger(tier, notebook=None):
-    "Publish the run of the ledger as `publish` does, and outputs/claims.json as outputs/published/claims.json."
-    files = publish("claims", tier, notebook)
-    write_bytes(outputs_dir() / "published/claims.json", (outputs_dir() / "claims.json").read_bytes())
-    return files
+    "Publish the run of the ledger as `publish` does, with the ledger as a page, ledger.md, and outputs/claims.json as outputs/published/claims.json."
+    publish("claims", tier, notebook)
+    published = outputs_dir() / "published"
+    write_bytes(published / "claims.json", (outputs_dir() / "claims.json").read_bytes())
+    write_bytes(published / tier / "claims/ledger.md", ledger_page(read_json(outputs_dir() / "claims.json")).encode())
+    return sorted(p.name for p in (published / tier / "claims").iterdir())
+
+def ledger_page(found, up="../../../../"):
+    "The whole ledger, as `write_ledger` writes it, as a page in Markdown; `up`: from the page's folder to the repository's root."
+    counts = ", ".join(f"{v} {n}" for v, n in found["counts"].items())
+    own = [{**line, "place": "ours", "number": "–"} for line in found["ours"]]
+    return (f"# Every claim\n\nMade from the records of the runs by [claims]({up}nbs/claims.ipynb); evidence is the mean over seeds with its 95 % interval, and the line that was claimed where it is not 0.\n\n"
+            f"## The papers' ({counts})\n\n{markdown_ledger(found['claims'], up)}\n\n## Ours\n\n{markdown_ledger(own, up)}\n")

@@ -47,7 +47,10 @@ class Trial:
     quick: float
     once: float
 
-    def pays(self, steps): return steps * (self.eager - self.quick) > self.once
+    def pays(self, steps, seconds=None):
+        "Whether `steps` end sooner, compiling included, or in `seconds`, where that is shorter, more of them are made."
+        if seconds is not None: steps = min(steps, seconds / self.eager)
+        return steps * (self.eager - self.quick) > self.once
 
 def try_out(eager, quick, device, repeats=5):
     "A `Trial` of two functions without arguments that do the same work on `device`, by turns; the medians of `repeats`."
@@ -57,14 +60,15 @@ def try_out(eager, quick, device, repeats=5):
     eager, quick = (statistics.median(t) for t in zip(*took))
     return Trial(eager, quick, max(0.0, first - 3 * quick))
 
-def pays_back(eager, quick, steps, about, device):
+def pays_back(eager, quick, steps, about, device, seconds=None):
     """Whether `steps` calls of `quick`, compiling included, end sooner than those of `eager`, by a trial that is remembered for `about`.
 
     `eager`, `quick`: functions without arguments that do the same work. `about`: a string, all that their speed depends on besides this machine and its versions.
+    `seconds`: after which the process ends, and what it compiled is gone.
     """
     path = record_of("compiled", about, str(torch.get_num_threads()), device=device)
-    if path.exists(): return Trial(**read_json(path)).pays(steps)
-    if steps * min(timed(eager, device)[0] for _ in range(2)) < WORTH_A_TRIAL: return False
+    if path.exists(): return Trial(**read_json(path)).pays(steps, seconds)
+    if min(steps * min(timed(eager, device)[0] for _ in range(2)), seconds or float("inf")) < WORTH_A_TRIAL: return False
     trial = try_out(eager, quick, device)
     write_json(path, asdict(trial))
-    return trial.pays(steps)
+    return trial.pays(steps, seconds)

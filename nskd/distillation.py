@@ -24,7 +24,7 @@ from .ahead import Ahead, layout
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
 from .compiled import compiled, pays_back
 from .config import Config, first_line
-from .machine import autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, threads
+from .machine import autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, threads, wait
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, luminet_loss, pseudo_label_loss
@@ -328,13 +328,14 @@ class _Job:
 
     def take_step(self):
         cfg = self.cfg
+        self.opt.zero_grad()                       # before the teacher is asked, who has their memory then
         _, z_t, _, loss = self.look()
         # a pseudo-label hides a NaN of the teacher: argmax always finds a class
         self.unchecked.append((self.step, loss.detach() + 0 * z_t.sum()))
         # a look at the loss makes a GPU wait, so there it is taken every 50 steps
         if self.device.type == "cpu" or len(self.unchecked) >= 50: self.check_finite()
         self._set_lr(self.lr * cfg.share_of_rate(self.step))
-        self.opt.zero_grad(); loss.backward(); sum_gradients(self.student.parameters()); self.opt.step()
+        loss.backward(); sum_gradients(self.student.parameters()); self.opt.step()
         if self.average: self.average.update(self.student, self.step)
         self.loss_sum += loss.detach(); self.loss_count += 1; self.step += 1
 
@@ -546,8 +547,9 @@ def _at_work(job, ahead=True):
 @contextmanager
 def _compiled(job):
     "Both networks compiled, where that was asked for or pays; a run that has begun keeps to what it began with."
-    if job.compiled is None: job.compiled = job.cfg.compile if job.cfg.compile != "auto" else _pays(job)
-    if job.compiled: job.supervise.ask, job.learn = compiled(job.teacher), compiled(job.student)
+    quick = compiled(job.teacher), compiled(job.student)                    # each when it is first called
+    if job.compiled is None: job.compiled = job.cfg.compile if job.cfg.compile != "auto" else _pays(job, *quick)
+    if job.compiled: job.supervise.ask, job.learn = quick
     try: yield
     finally: job.supervise.ask, job.learn = job.teacher, job.student
 
@@ -555,8 +557,8 @@ def _is_worth_a_trial(job):
     # every size is compiled anew, processes share their batches by what can't be compiled, and a CPU never gained (measured)
     return job.cfg.one_size and current().size == 1 and job.device.type == "cuda"
 
-def _pays(job):
-    "Whether compiling ends this run sooner."
+def _pays(job, ask, learn):
+    "Whether the compiled networks end this run sooner."
     if not _is_worth_a_trial(job): return False
     cfg, supervise = job.cfg, job.supervise
     parts = [p for p in job.student.parameters() if p.requires_grad]
@@ -567,10 +569,9 @@ def _pays(job):
             for _ in range(max(1, cfg.asks(cfg.k))): z = supervise.query(x)
         with job.student_precision(): z_s = learn(x)
         torch.autograd.grad(_loss(z_s, z, cfg), parts, allow_unused=True)
-    quick = compiled(job.teacher), compiled(job.student)
     about = f"{job.teacher}\n{job.student}\n{supervise.draw.shape} {cfg.batch_size} {cfg.asks(cfg.k)} {cfg.loss} {cfg.precision} {resolve_teacher_mode(job.teacher, cfg.teacher_mode)}"
-    try: return pays_back(lambda: work(job.teacher, job.student), lambda: work(*quick), cfg.steps - job.step, about, job.device)
-    except ValueError: return False                # it can't be compiled
+    try: return pays_back(lambda: work(job.teacher, job.student), lambda: work(ask, learn), cfg.steps - job.step, about, job.device, cfg.budget_seconds)
+    except (ValueError, torch.OutOfMemoryError): return False               # it can't be compiled, or both ways together are too large
     finally:
         supervise.ask = job.teacher
         for name, b in job.student.named_buffers(): b.copy_(before[name])
@@ -609,6 +610,7 @@ def _run(job, store, progress, desc):
           tqdm(total=cfg.steps, initial=job.step, desc=desc or "distil", leave=False, disable=not (progress and group.first), mininterval=0.5, unit="step") as bar):
         while job.step < cfg.steps:
             job.take_step()
+            if cfg.budget_seconds is not None and job.step % 10 == 0: wait(job.device)       # a GPU may be seconds behind the clock
             if job.step % cfg.eval_every == 0 or job.step == cfg.steps:
                 job.evaluate(before + spent())
                 bar.set_postfix(loss=f"{job.history[-1]['loss']:.3f}", acc=f"{job.history[-1].get('accuracy_cs', math.nan):.1f}", refresh=False)
@@ -786,4 +788,4 @@ def _again(job, step):
             if job.step % job.cfg.eval_every == 0: job.evaluate(0.0)              # a schedule may depend on it
         before = copy.deepcopy(job.student)
         x, z_t, z_s, loss = job.look()
-    return Replay(step, step_seed(job.cfg.seed, step), x, z_t, z_s.detach(), float(loss), before, start)
+    return Replay(step, step_seed(job.cfg.seed, step), x, z_t, z_s.detach().clone(), float(loss), before, start)

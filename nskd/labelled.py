@@ -50,7 +50,7 @@ class _Labelled(_Training):
 
     def take_step(self, images, labels):
         recipe, cell, labels = self.recipe, self.cell, labels.to(self.device)
-        x = augment(images, recipe.shift, recipe.flip, self.g).to(self.device, memory_format=torch.channels_last)
+        x = augment(images.to(self.device), recipe.shift, recipe.flip, self.g).to(memory_format=torch.channels_last)
         with autocast(self.device, recipe.precision): z = self.net(x)
         loss = labelled_loss(cell.method, z, z if cell.method == "ce" else self.ask(x), labels, cell.tau, cell.weight)
         if (self.step % 20 == 0 or self.device.type == "cpu") and not torch.isfinite(loss):

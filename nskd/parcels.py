@@ -149,11 +149,14 @@ def _arguments(words):
                        ("publish", "write outputs/published/<tier>/queue")):
         kind = kinds.add_parser(name, help=what)
         kind.add_argument("queue", help="a file such as params/queue/cifar10.yaml")
-        if name == "run": kind.add_argument("--seconds", type=float, default=560)
+        if name == "run":
+            kind.add_argument("--seconds", type=float, default=560)
+            kind.add_argument("--dataset", help="in place of the tier's own, such as the path of an archive")
         if name == "pack":
             kind.add_argument("to")
             kind.add_argument("--changed", action="store_true", help="what is other than what was unpacked here: the way home")
             kind.add_argument("--only", type=int, help="write this parcel alone")
+            kind.add_argument("--total-mb", type=float, default=64, help="MB of a parcel")
         if name == "unpack": kind.add_argument("parcels", nargs="+")
     return parser.parse_args(words)
 
@@ -161,6 +164,7 @@ def _do(a):
     "One command; whether all went well."
     queue = read_queue(a.queue)
     if a.do == "run":
+        if a.dataset: queue = queue.replace(parameters={**queue.parameters, "dataset": a.dataset})
         failed = [label for label, e in run_slice(queue, a.seconds, say=lambda text: print(text, flush=True)).items() if e["state"] == "failed"]
         if read_log(queue): publish_queue(queue)
         print(status_text(queue))
@@ -169,7 +173,7 @@ def _do(a):
     if a.do == "status": print(status_text(queue))
     if a.do == "publish": print(publish_queue(queue))
     if a.do == "pack":
-        for row in pack(queue, a.to, a.changed, only=a.only): print(f"{row['parcel']}: {row['files']} files, {row['mb']} MB")
+        for row in pack(queue, a.to, a.changed, total_mb=a.total_mb, only=a.only): print(f"{row['parcel']}: {row['files']} files, {row['mb']} MB")
     if a.do == "unpack":
         whole, lacking = unpack(queue, a.parcels)
         print(f"{len(whole)} files are whole" + (f", {len(lacking)} lack pieces that are in other parcels: {', '.join(lacking)}" if lacking else ""))

@@ -101,7 +101,7 @@ def forward_cost(net, shape, batch_size, mode="rs", alpha=0.5, precision="fp32")
     return counter.get_total_flops() / 2, seconds / batch_size
 
 # %% ../nbs/18_preflight.ipynb #bf5d3573
-LEAST, ENOUGH = 0.1, 0.5          # of the score: below the first no go, below the second with care
+LEAST, ENOUGH = 0.02, 0.5         # of the score: below the first no go, below the second with care
 
 def judge_teacher(h, flip_rate, k=4):
     "Verdict and reasons from a `ClassHistogram` in the mode of distillation: (\"go\" | \"care\" | \"no go\", sentences)."
@@ -114,7 +114,7 @@ def judge_teacher(h, flip_rate, k=4):
     if h.missing_classes > classes / 2: stop.append(missing)
     elif h.missing_classes: care.append(missing)
     elif h.required_k > k: care.append(f"the rarest class needs k = {h.required_k:.1f} to be served in full, and k is {k}")
-    if flip_rate > 0.5: care.append(f"{100 * flip_rate:.0f} % of the answers change with the company of the batch: only a student with BatchNorm can follow")
+    if flip_rate > 0.5: care.append(f"{100 * flip_rate:.0f} % of the answers change with the company of the batch: only a student whose answers depend on the batch (BatchNorm, or batch alignment) can follow")
     fine = [f"I(X;C) is {100 * known:.0f} % of what {classes} classes allow, and every class comes"]
     return ("no go", stop + care) if stop else ("care", care) if care else ("go", fine)
 

@@ -190,15 +190,15 @@ def versions():
     return found
 
 def provenance(device="cpu"):
-    "Who, what and where: commit, versions, machine, device, threads, time; a JSON-like dict."
+    "Who, what and where: commit (without git `$NSKD_COMMIT`), versions, machine, device, threads, time; a JSON-like dict."
     dirty = _git("status", "--porcelain", "--untracked-files=no", "--", "nskd", "nbs")
-    return {"commit": _git("rev-parse", "HEAD"), "uncommitted_changes": None if dirty is None else bool(dirty),
+    return {"commit": _git("rev-parse", "HEAD") or os.environ.get("NSKD_COMMIT"), "uncommitted_changes": None if dirty is None else bool(dirty),
             "versions": versions(), "machine": f"{platform.system()} {platform.machine()}", "device": device_name(device),
             "threads": torch.get_num_threads(), "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 def device_name(device):
     "What a device is called by those who sell it, a CPU with the number of its cores."
-    if torch.device(device).type == "cuda": return torch.cuda.getdevice_name(device)
+    if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
     cpu = next((l.split(":")[1].strip() for l in _cpuinfo() if l.startswith("model name")), platform.processor())
     return f"{cpu}, {os.cpu_count()} cores"
 

@@ -135,7 +135,8 @@ class _Picks:
     def __init__(self, images, change): self.images, self.change = images, change
 
     def __call__(self, size, generator=None, device="cpu"):
-        x = self.images.to(device)[torch.randint(len(self.images), size[:1], generator=generator, device=device)]
+        self.images = self.images.to(device)                 # once: they stay where they are asked for
+        x = self.images[torch.randint(len(self.images), size[:1], generator=generator, device=device)]
         return x if self.change is None else self.change(x, generator)
 
 def image_sampler(images, change=None, name="images", what="training"):

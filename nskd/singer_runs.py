@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SINGER', 'METHODS', 'TITLES', 'SingerParameters', 'canvas_data', 'singer_teacher', 'StudentJob', 'feature_method',
            'train_feature_student', 'adapter_measures', 'trained_singer', 'teacher_record', 'run_students',
-           'probe_table', 'ablation_table', 'plot_probes', 'plot_ablation', 'block_checks', 'plot_before_after',
-           'within']
+           'probe_table', 'ablation_table', 'plot_probes', 'plot_ablation', 'block_checks', 'plot_before_after']
 
 # %% ../nbs/32f_singer_runs.ipynb #90b04c55
 import math, time
@@ -396,10 +395,3 @@ def plot_before_after(p, teacher, student, singer, image=None):
     for (name, v), colour in zip(lengths.items(), (COLOURS["rs"], COLOURS["cs"])): right.hist(v.numpy(), bins=edges.numpy(), alpha=0.6, color=colour, label=name)
     right.set(xlabel=f"patch norm, layer {l}", ylabel="patches", yscale="log"); right.legend(fontsize="small")
     return fig
-
-# %% ../nbs/32f_singer_runs.ipynb #8110af0a
-def within(values, margin, unit="points"):
-    "Whether per-seed `values` lie between −margin and margin: (verdict, evidence) as of `judge`; True if all of the interval does, False if none of it."
-    (above, evidence), (below, _) = judge(values, above=-margin, unit=unit), judge(values, below=margin, unit=unit)
-    verdict = False if False in (above, below) else True if above and below else None
-    return verdict, {**evidence, "threshold": {"within": margin}}

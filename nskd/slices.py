@@ -63,7 +63,7 @@ def _parameters(queue, job):
     one_of(job.table, _TABLES, "table")
     root = repo_root(Path(__file__).parent if "__file__" in globals() else None)
     more = dict(queue.parameters)
-    part = {"checkpoint_part_mb": more.pop("checkpoint_part_mb")} if "checkpoint_part_mb" in more else {}
+    part = {name: more.pop(name) for name in ("checkpoint_part_mb", "checkpoint_every") if name in more}
     given = {**tier_parameters(job.table, queue.tier, root), **more, **({"teacher": job.teacher} if job.teacher else {})}
     model = _TABLES[job.table]
     for name in given:

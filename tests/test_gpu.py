@@ -154,7 +154,7 @@ def test_compiled_networks_teach_and_learn_the_same(tmp_path):
 def test_auto_is_decided_once_a_run(monkeypatch, tmp_path):
     "By a trial that changes nothing; a run that goes on keeps to what it began with."
     asked = []
-    def pays(eager, quick, steps, about, device):
+    def pays(eager, quick, steps, about, device, seconds):
         eager()
         asked.append((steps, about))
         return True
@@ -176,7 +176,7 @@ def test_auto_is_decided_once_a_run(monkeypatch, tmp_path):
 def test_on_a_processor_auto_leaves_a_run_as_written(monkeypatch):
     monkeypatch.setattr(nskd.distillation, "compiled", lambda net: pytest.fail("compiled"))
     job, _ = _prepare(net(8, 0), net(4, 1), TINY.replace(compile="auto"), None, create_sampler("gaussian", (1, 8, 8)), None)
-    assert not nskd.distillation._pays(job)
+    assert not nskd.distillation._pays(job, None, None)
 
 
 def test_what_cannot_be_compiled_is_refused_in_a_sentence(monkeypatch):
@@ -198,6 +198,18 @@ def test_aligned_networks_are_one_graph(kind):
     x = torch.randn(4, 3, 8, 8)
     with teacher_context(network), torch.no_grad(): torch.testing.assert_close(trace()(x), network(x), rtol=1e-4, atol=1e-5)
     assert trace()(x).requires_grad
+
+
+def test_a_gpu_is_named_by_what_pytorch_has(monkeypatch):
+    "Of the functions that a run asks of a GPU outside its steps, all are PyTorch's."
+    from nskd.benchmark import peak_memory
+    from nskd.runs import provenance
+    asked = []
+    for name, answer in (("get_device_name", "a GPU"), ("synchronize", None), ("max_memory_allocated", 7)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name, answer=answer: asked.append(name) or answer)      # of what is not there: AttributeError
+    gpu = torch.device("cuda", 1)
+    assert provenance(gpu)["device"] == nskd.machine.device_name("cuda") == "a GPU" and nskd.machine.timed(lambda: 3, gpu)[1] == 3 and peak_memory(gpu) == 7
+    assert asked == ["get_device_name"] * 2 + ["synchronize"] * 2 + ["max_memory_allocated"]
 
 
 @needs_gpu

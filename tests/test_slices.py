@@ -56,7 +56,7 @@ def queue(tmp_path_factory):
         for label in "abc":
             (base/"images"/split/label).mkdir(parents=True)
             for i in range(number): Image.new("L", (8, 8), ord(label) * 2 + i).save(base/"images"/split/label/f"{i}.png")
-    said = {"tier": "smoke", "parameters": {"seeds": 1, "dataset": str(base/"images"), "steps": 3, "checkpoint_part_mb": 0.05, "eval_every": 1},
+    said = {"tier": "smoke", "parameters": {"seeds": 1, "steps": 3, "checkpoint_part_mb": 0.05, "eval_every": 1},
             "jobs": [{"table": "table2", "norm": "bn", "student": "wrn16", "method": "normshift"}]}
     (base/"small.yaml").write_text(yaml.safe_dump(said))
     return base/"small.yaml"
@@ -71,7 +71,7 @@ def run(repo, queue, *words, before=("-m", "nskd.parcels"), outputs="outputs"):
 def slice_(repo, queue, there):
     "One slice of the queue, with only what the bare machine has and what is carried there."
     allowed = [sorted(metadata.packages_distributions()), sorted(there | CARRIED)]
-    return run(repo, queue, json.dumps(allowed), "run", queue, "--seconds", 600, before=("-c", BARE))
+    return run(repo, queue, json.dumps(allowed), "run", queue, "--seconds", 600, "--dataset", queue.parent/"images", before=("-c", BARE))
 
 
 def test_a_slice_needs_nothing_but_what_is_there_and_five_carried_packages(slice_, there):
