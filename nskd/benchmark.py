@@ -9,7 +9,7 @@ __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'PlainAligned', 'P
 
 # %% ../nbs/25_benchmark.ipynb #befd0bc3
 "Against the plain loop that a careful user would write, and against the machine's own arithmetic."
-import argparse, json, multiprocessing, resource, sys, time
+import argparse, json, multiprocessing, os, resource, sys, time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -149,13 +149,21 @@ def _context():
     return context
 
 @contextmanager
+def _as_pytorch_waits():
+    "Processes that are started in here wait for each other's threads as PyTorch comes, whatever this one was told: `make` has threads sleep, which doubles the plain loop's time."
+    before = os.environ.pop("OMP_WAIT_POLICY", None)
+    try: yield
+    finally:
+        if before is not None: os.environ["OMP_WAIT_POLICY"] = before
+
+@contextmanager
 def _process(loop, case, threads):
     "A pipe to a process that serves `loop`."
     context = _context()
     pipe, far = context.Pipe()
     serve = import_module("nskd.benchmark")._serve          # by its module: a notebook's own functions can't be sent
     process = context.Process(target=serve, args=(far, loop, case, threads), daemon=True)
-    process.start()
+    with _as_pytorch_waits(): process.start()
     try:
         _answer(pipe, process)
         yield lambda word: (pipe.send(word), _answer(pipe, process))[1]

@@ -33,6 +33,7 @@ from .parallel import check_rows, current, over_processes, sum_gradients
 from .runs import (MADE_BY, code_key, file_sha256, finished_record, held, lasting, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
                        write_bytes, write_json)
 from .samplers import BalancedPool, create_sampler
+from .small_maps import quick_on_small_maps
 from .teachers import train_teacher
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
@@ -509,6 +510,7 @@ def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     check_rows(min(cfg.batch_size, cfg.batch_end or cfg.batch_size, cfg.pool_size or cfg.batch_size))
     cfg = _with_alpha(cfg, frozen, draw, device)
     if pick_teacher_precision(cfg.precision, device) == "bf16": round_weights(frozen)
+    if device.type == "cpu": quick_on_small_maps(frozen)
     if cfg.batch_size < num_classes:
         warnings.warn(f"a batch of {cfg.batch_size} can't hold all {num_classes} classes: rejection sampling balances over steps only", stacklevel=3)
     if test_data is not None: test_data = tuple(t.to(device) for t in test_data)
@@ -523,7 +525,7 @@ def _with_alpha(cfg, teacher, draw, device):
     return cfg.replace(alpha=current().on_first(lambda: pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g)))
 
 # what a run depends on besides its networks and images: begun with another version it is another run
-_CODE = ("ahead", "compiled", "config", "machine", "norms", "samplers", "losses", "evaluation", "checkpoints", "parallel", "distillation")
+_CODE = ("ahead", "compiled", "config", "machine", "norms", "samplers", "small_maps", "losses", "evaluation", "checkpoints", "parallel", "distillation")
 
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."

@@ -1,5 +1,5 @@
 """The notebooks on speed and precision, and the benchmark's command, as a user runs them. What they measure is not judged here: a test's machine is busy."""
-import json, subprocess, sys
+import json, os, subprocess, sys
 
 import pandas as pd
 import pytest
@@ -66,3 +66,11 @@ def test_a_compiled_case_is_timed_part_by_part_as_written():
     loop = Ours(case, ahead=False)
     try: assert case.cfg.compile and not loop.job.compiled
     finally: loop.close()
+
+
+def test_both_loops_wait_as_pytorch_comes(monkeypatch):
+    "A policy of this process's own would slow the plain loop's threads."
+    from nskd.benchmark import _as_pytorch_waits
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    with _as_pytorch_waits(): assert "OMP_WAIT_POLICY" not in os.environ
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
