@@ -20,7 +20,7 @@ import nskd
 from .config import Config, first_line, nearest, one_of
 from .parameters import NARROW, Names, Seeds, _device
 from .models import list_models
-from .reporting import claims_table, publish
+from .reporting import claims_table, markdown_row, publish
 from .runs import outputs_dir, provenance, read_json, repo_root, write_bytes, write_json
 
 # %% ../nbs/16_claims.ipynb #7015f227
@@ -209,7 +209,7 @@ def markdown_ledger(ledger, up="../"):
     table["run"] = [", ".join(f"[{r['name']}]({up}{r['link']})" for r in line["runs"]) for line in ledger]
     table["verdict"] = [f"**{v}**" if v in ("holds", "fails") else v for v in table.verdict]
     rows = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)
+    return "\n".join(map(markdown_row, rows))
 
 def markdown_runs(runs, up="../"):
     "A list of runs as Markdown: the titles of their notebooks as links, seeds, minutes (less where networks were there already); `up` as above."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'mean_se', 'interval', 'judge', 'within', 'per_seed', 'table_claims', 'context_gap', 'accuracy_table',
-           'modes_table', 'beside', 'so_far', 'claims_table', 'styled', 'markdown_table', 'markdown_claims',
-           'results_dir', 'write_results', 'publish', 'read_table', 'newest_summary']
+           'modes_table', 'beside', 'so_far', 'claims_table', 'styled', 'markdown_row', 'markdown_table',
+           'markdown_claims', 'results_dir', 'write_results', 'publish', 'read_table', 'newest_summary']
 
 # %% ../nbs/11b_reporting.ipynb #916dac9c
 import os, re
@@ -203,6 +203,10 @@ def styled(table):
     return style.set_properties(**{"text-align": "left"}).set_table_styles([{"selector": "th", "props": "text-align: left"}])
 
 # %% ../nbs/11b_reporting.ipynb #07487874
+def markdown_row(cells):
+    "A line of a table in Markdown; bars inside of cells are those of the text."
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
 def markdown_table(table):
     "A table as Markdown for the README and the terminal; of `accuracy_table`, the paper's values go in brackets."
     if table.columns.nlevels == 3 and set(table.columns.get_level_values(2)) == {"measured", "paper"}:
@@ -215,12 +219,12 @@ def markdown_table(table):
         head = ["" if h == "index" else h for h in head]                          # pandas' name for an index without one
         show = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
         rows = [head, ["---"] * len(head), *([show(v) for v in row] for row in flat.itertuples(index=False))]
-    return "\n".join("| " + " | ".join(r) + " |" for r in rows)
+    return "\n".join(map(markdown_row, rows))
 
 def markdown_claims(claims):
     "Claims as Markdown: verdict, statement, interval."
     rows = [(f"**{r.verdict}**", r.claim, r[3]) for r in claims_table(claims).itertuples()]
-    return "\n".join("| " + " | ".join(r) + " |" for r in [("verdict", "claim", "mean [95 % interval]"), ("---",) * 3, *rows])
+    return "\n".join(map(markdown_row, [("verdict", "claim", "mean [95 % interval]"), ("---",) * 3, *rows]))
 
 # %% ../nbs/11b_reporting.ipynb #0806f8e2
 def results_dir():

@@ -120,3 +120,12 @@ def test_any_value_survives_the_command_line(value, tmp_path):
         done = CliRunner().invoke(cli.papermill, ["in.ipynb", "out.ipynb", *shlex.split(runs._option("x", value))])
     assert done.exit_code == 0, done.output
     assert seen == {"x": value} and type(seen["x"]) is type(value)
+
+
+def test_links_of_published_pages_lead_somewhere(repo):
+    pages = [*(repo/"outputs/published").rglob("executed.ipynb"), *(repo/"outputs/published").rglob("*.md")]
+    lost = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8") if page.suffix == ".md" else "\n".join("".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+        lost += [f"{page.relative_to(repo)}: {target}" for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text) if not (page.parent/target).exists()]
+    assert pages and not lost
