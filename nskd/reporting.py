@@ -262,19 +262,19 @@ def publish(name, tier, notebook=None):
     files = [f for f in sorted(source.glob("*")) if f.suffix in (".csv", ".json", ".png", ".md")]
     if not files: raise ValueError(f"there are no results in {source}: run the notebook first")
     for f in files: write_bytes(target / f.name, f.read_bytes())
-    if notebook: write_bytes(target / "executed.ipynb", _without_stderr(notebook))
+    if notebook: write_bytes(target / "executed.ipynb", _as_published(notebook))
     return sorted(p.name for p in target.iterdir())
 
-def _without_stderr(notebook):
-    "The executed notebook without progress bars and warnings, which on a page are a hundred lines of nothing, and without this machine's paths."
+def _as_published(notebook):
+    "The executed notebook without progress bars and warnings, which on a page are a hundred lines of nothing, without this machine's paths, and with links that hold where it lies."
     import nbformat
     nb = nbformat.read(notebook, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        else: cell.source = re.sub(r"\]\((\w+\.ipynb)(#[^)]*)?\)", r"](../../../../nbs/\1\2)", cell.source)      # links to other notebooks, from where the copy lies
     about = nb.metadata.get("papermill", {})
     for key in ("input_path", "output_path"):
         if about.get(key): about[key] = os.path.basename(about[key])
-        else: cell.source = re.sub(r"\]\((\w+\.ipynb)(#[^)]*)?\)", r"](../../../../nbs/\1\2)", cell.source)      # links to other notebooks, from where the copy lies
     return nbformat.writes(nb).replace(str(outputs_dir().resolve()), "outputs").encode()
 
 def read_table(directory):

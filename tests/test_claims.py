@@ -3,7 +3,7 @@ import json, shutil
 
 import pytest
 
-from nskd.claims import combine, count_verdicts, markdown_ledger, markdown_runs, published_dir, read_runs
+from nskd.claims import count_verdicts, ledger_page, combine, count_verdicts, markdown_ledger, markdown_runs, published_dir, read_runs
 from test_tables import check_refused, check_smoke_results, papermill, smoke_runs
 
 
@@ -51,9 +51,12 @@ def test_the_published_ledger_is_that_of_the_published_runs(published):
             if c["run"] != "claims": assert (c["verdict"], commit[c["run"]]) == now[c["run"], c["id"]], f"{c['id']}: run claims.ipynb again, and publish it"
 
 
-def test_the_readme_shows_the_published_ledger(repo, published):
-    readme = (repo/"README.md").read_text()
-    assert markdown_ledger(published["claims"], up="") in readme and markdown_runs(read_runs(["digits"]), up="") in readme, "run index.ipynb again, then `make readme`"
+def test_the_readme_leads_to_the_published_ledger(repo, published):
+    readme, page = (repo/"README.md").read_text(), repo/"outputs/published/digits/claims/ledger.md"
+    assert page.read_text() == ledger_page(published) and markdown_ledger(published["claims"], up="../../../../") in page.read_text(), "publish the ledger again"
+    counts = ", ".join(f"{verdict} {n}" for verdict, n in count_verdicts(published["claims"]).items())
+    assert f"({page.relative_to(repo)})" in readme and f"{len(published['claims'])} claims: {counts}." in readme, "run index.ipynb again, then `make readme`"
+    assert markdown_runs(read_runs(["digits"]), up="") in readme, "run index.ipynb again, then `make readme`"
 
 
 def test_fresh_runs_are_read_from_outputs(repo, tmp_path):
