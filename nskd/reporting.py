@@ -187,7 +187,8 @@ def _evidence_text(e):
     # an effect size is that of a difference from 0
     effect = f", d = {e['effect_size']:.1f}" if not line and e.get("effect_size") is not None else ""
     few = f" of the {MIN_SEEDS} that a verdict needs" if e["n"] < MIN_SEEDS else ""
-    return f"{num(e['mean'])}{' ' * bool(e.get('unit'))}{e.get('unit', '')} [{num(e['low'])}, {num(e['high'])}]{line}, n = {e['n']}{few}{effect}"
+    spread = f" [{num(e['low'])}, {num(e['high'])}]" if e["n"] > 1 else ""
+    return f"{num(e['mean'])}{' ' * bool(e.get('unit'))}{e.get('unit', '')}{spread}{line}, n = {e['n']}{few}{effect}"
 
 def _line_text(threshold):
     sides = {"above": "> {:.3g}", "below": "< {:.3g}", "within": "within ±{:.3g}", "at most": "mean within ±{:.3g}"}
