@@ -55,7 +55,8 @@ def gemm_rates(device="auto", size=None, repeats=5, precisions=("fp32", "bf16"))
     """
     device = pick_device(device)
     size = size or (8192 if device.type == "cuda" else 2048)
-    pairs = {p: [torch.randn(size, size, device=device, dtype=DTYPES[p]) for _ in range(2)] for p in precisions}
+    g = torch.Generator(device).manual_seed(0)                    # its own: whoever asks may be in the middle of a run
+    pairs = {p: [torch.randn(size, size, device=device, dtype=DTYPES[p], generator=g) for _ in range(2)] for p in precisions}
     took = [{p: timed(lambda: a @ b, device)[0] for p, (a, b) in pairs.items()} for _ in range(repeats + 1)][1:]
     return {p: 2 * size**3 / sorted(t[p] for t in took)[repeats // 2] for p in precisions}
 
@@ -81,7 +82,8 @@ def gains_by_bf16(kind):
     "Whether devices of `kind` (\"cpu\", \"cuda\") here are faster in bfloat16: GPUs that compute in it, CPUs that do and multiply matrices faster so, as measured once."
     if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     if not _has_bf16(): return False
-    rates = remembered(lambda: gemm_rates("cpu", 1024, 7), "matrix-products")
+    # virtual machines on different processors may bear one name
+    rates = remembered(lambda: gemm_rates("cpu", 1024, 7), "matrix-products", str(sorted(torch.cpu.get_capabilities().items())))
     return rates["bf16"] > _LEAST_GAIN * rates["fp32"]
 
 def _has_bf16():

@@ -183,7 +183,7 @@ def _evidence_text(e):
     if "mean" not in e: return ", ".join(f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in e.items())
     line = _line_text(e.get("threshold", {}))
     sign = "" if line else "+"
-    num = lambda v: "–" if v is None or np.isnan(v) else f"{v:{sign}#.3g}" if abs(v) < 999.5 else f"{v:{sign},.0f}"
+    num = lambda v: "–" if v is None or np.isnan(v) else f"{v:{sign}#.3g}".rstrip(".") if abs(v) < 999.5 else f"{v:{sign},.0f}"
     # an effect size is that of a difference from 0
     effect = f", d = {e['effect_size']:.1f}" if not line and e.get("effect_size") is not None else ""
     few = f" of the {MIN_SEEDS} that a verdict needs" if e["n"] < MIN_SEEDS else ""
