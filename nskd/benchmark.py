@@ -140,6 +140,7 @@ def peak_memory(device):
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+# %% ../nbs/25_benchmark.ipynb #19722a51
 @cache
 def _context():
     "How processes are started: from one that has loaded PyTorch and done nothing with it, where the system can fork; loading takes seconds."
@@ -177,6 +178,7 @@ def _answer(pipe, process):
     if isinstance(said, Exception): raise said
     return said
 
+# %% ../nbs/25_benchmark.ipynb #202b860d
 def _steps(case): return CASES[case["name"]]["steps"][pick_device(case.get("device", "auto")).type]
 
 def take_turns(case, turns=7, warm=1, threads=None, loops=("plain", "ours"), steps=None):

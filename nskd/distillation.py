@@ -546,6 +546,7 @@ def _at_work(job, ahead=True):
     with (teacher_context(job.teacher, job.cfg.teacher_mode, job.cfg.alpha), torch.random.fork_rng(devices=devices), deterministic(job.device),
           _compiled(job), _working_ahead(job) if ahead else nullcontext()): yield
 
+# %% ../nbs/09_distillation.ipynb #2efa9bdd
 @contextmanager
 def _compiled(job):
     "Both networks compiled, where that was asked for or pays; a run that has begun keeps to what it began with."
@@ -578,6 +579,7 @@ def _pays(job, ask, learn):
         supervise.ask = job.teacher
         for name, b in job.student.named_buffers(): b.copy_(before[name])
 
+# %% ../nbs/09_distillation.ipynb #69c224ec
 @contextmanager
 def _working_ahead(job):
     "Batches of the next steps made by threads of their own: on a CPU, in one process, where only the step's own generator is drawn from."
@@ -604,6 +606,7 @@ def _draws_elsewhere(supervise):
     with torch.no_grad(): supervise.query(supervise._noise(2, torch.Generator()))
     return not torch.equal(before, torch.get_rng_state())
 
+# %% ../nbs/09_distillation.ipynb #fed9c32a
 def _run(job, store, progress, desc):
     "Steps until done or out of budget; the state it ended in."
     cfg, start, before, group = job.cfg, time.perf_counter(), store.resume(job), current()

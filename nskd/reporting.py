@@ -164,6 +164,7 @@ def beside(measured, paper=None):
         if title in (paper or {}): columns[title, "paper"] = [str(paper[title].get(r, "–")) for r in rows]
     return pd.DataFrame(columns, index=rows)
 
+# %% ../nbs/11b_reporting.ipynb #96cbc3d9
 def so_far(claims, p):
     "`claims` of a notebook with parameters `p`; when its budget ended before all was there, none is decided, and each says so."
     if not (lacks := _lacks(p)): return claims
@@ -195,6 +196,7 @@ def _line_text(threshold):
     said = [sides[kind].format(value) for kind, value in threshold.items() if kind in sides and not (kind in ("above", "below") and value == 0)]
     return f", claimed {said[0]}" if said else ""
 
+# %% ../nbs/11b_reporting.ipynb #b5973ede
 def styled(table):
     "A pandas Styler in the repository's style, verdicts coloured; for display in a notebook."
     style = table.style.format(precision=1)
