@@ -550,9 +550,11 @@ def _at_work(job, ahead=True):
 @contextmanager
 def _compiled(job):
     "Both networks compiled, where that was asked for or pays; a run that has begun keeps to what it began with."
-    quick = compiled(job.teacher), compiled(job.student)                    # each when it is first called
-    if job.compiled is None: job.compiled = job.cfg.compile if job.cfg.compile != "auto" else _pays(job, *quick)
-    if job.compiled: job.supervise.ask, job.learn = quick
+    quick = None
+    if job.compiled is None:
+        if job.cfg.compile == "auto": quick = _pays(job)
+        job.compiled = bool(quick) or job.cfg.compile is True
+    if job.compiled: job.supervise.ask, job.learn = quick or _quick(job)
     try: yield
     finally: job.supervise.ask, job.learn = job.teacher, job.student
 
@@ -560,9 +562,12 @@ def _is_worth_a_trial(job):
     # every size is compiled anew, processes share their batches by what can't be compiled, and a CPU never gained (measured)
     return job.cfg.one_size and current().size == 1 and job.device.type == "cuda"
 
-def _pays(job, ask, learn):
-    "Whether the compiled networks end this run sooner."
-    if not _is_worth_a_trial(job): return False
+def _quick(job): return compiled(job.teacher), compiled(job.student)
+
+def _pays(job):
+    "The compiled networks, where they end this run sooner, or None."
+    if not _is_worth_a_trial(job): return None
+    quick = _quick(job)
     cfg, supervise = job.cfg, job.supervise
     parts = [p for p in job.student.parameters() if p.requires_grad]
     x, before = supervise._noise(cfg.batch_size, None), {name: b.clone() for name, b in job.student.named_buffers()}
@@ -573,8 +578,8 @@ def _pays(job, ask, learn):
         with job.student_precision(): z_s = learn(x)
         torch.autograd.grad(_loss(z_s, z, cfg), parts, allow_unused=True)
     about = f"{job.teacher}\n{job.student}\n{supervise.draw.shape} {cfg.batch_size} {cfg.asks(cfg.k)} {cfg.loss} {cfg.precision} {resolve_teacher_mode(job.teacher, cfg.teacher_mode)}"
-    try: return pays_back(lambda: work(job.teacher, job.student), lambda: work(ask, learn), cfg.steps - job.step, about, job.device, cfg.budget_seconds)
-    except (ValueError, torch.OutOfMemoryError): return False               # it can't be compiled, or both ways together are too large
+    try: return quick if pays_back(lambda: work(job.teacher, job.student), lambda: work(*quick), cfg.steps - job.step, about, job.device, cfg.budget_seconds) else None
+    except (ValueError, torch.OutOfMemoryError): return None                # it can't be compiled, or both ways together are too large
     finally:
         supervise.ask = job.teacher
         for name, b in job.student.named_buffers(): b.copy_(before[name])

@@ -176,7 +176,7 @@ def test_auto_is_decided_once_a_run(monkeypatch, tmp_path):
 def test_on_a_processor_auto_leaves_a_run_as_written(monkeypatch):
     monkeypatch.setattr(nskd.distillation, "compiled", lambda net: pytest.fail("compiled"))
     job, _ = _prepare(net(8, 0), net(4, 1), TINY.replace(compile="auto"), None, create_sampler("gaussian", (1, 8, 8)), None)
-    assert not nskd.distillation._pays(job, None, None)
+    assert not nskd.distillation._pays(job)
 
 
 def test_what_cannot_be_compiled_is_refused_in_a_sentence(monkeypatch):
