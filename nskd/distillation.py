@@ -24,7 +24,7 @@ from .ahead import Ahead, layout
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
 from .compiled import compiled, pays_back
 from .config import Config, first_line
-from .machine import autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, threads, wait
+from .machine import DTYPES, autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, threads, wait
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, luminet_loss, pseudo_label_loss
@@ -35,6 +35,7 @@ from .runs import (MADE_BY, code_key, file_sha256, finished_record, held, lastin
 from .samplers import BalancedPool, create_sampler
 from .small_maps import quick_on_small_maps
 from .teachers import train_teacher
+from .winograd import LEAST_GAIN, by_winograd, pick_winograd
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
@@ -63,6 +64,7 @@ class DistillConfig(Config):
     batch alone. `optimiser`: with torch's own settings; "sgd" has Nesterov momentum 0.9. `warmup`: share of the steps over which the rate rises from 0.
     `average`: decay of an exponential average of the student's weights (timm's, which begins with a shorter one), which is what is judged and returned.
     `compile`: have `torch.compile` make teacher and student faster (`nskd.compiled`), which rounds otherwise; "auto": on a GPU, where it ends this run sooner by a trial.
+    `winograd`: compute 3×3 convolutions with fewer multiplications (`nskd.winograd`), which rounds otherwise, on a CPU; "auto": those that are faster so, by a trial, where images have 24×24 pixels or more.
     `checkpoint_part_mb`: write checkpoints in files of at most so many MB (10⁶ bytes), for places that move no larger ones.
     """
     sampler: str = "gaussian"
@@ -96,6 +98,7 @@ class DistillConfig(Config):
     budget_seconds: Optional[float] = Field(None, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool | Literal["auto"] = False
+    winograd: bool | Literal["auto"] = "auto"
     device: str = "auto"
 
     @model_validator(mode="after")
@@ -114,6 +117,7 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _compile(self):
+        if self.compile is True and self.winograd is True: raise ValueError("compile and winograd are two ways to make convolutions faster: only one of them can be True")
         if self.compile is True and not self.one_size: raise ValueError("every size of a batch is compiled anew: with compile, batch_end must be None, and so must k_end with joint_pool")
         return self
 
@@ -299,6 +303,7 @@ class _Job:
         self.supervise = Supervisor(teacher, draw, cfg, num_classes, device, student)
         self.batch = self.make_batch               # or one that makes them ahead
         self.learn, self.compiled = student, None  # or the same, compiled; None: not decided yet
+        self.winograd = None                       # names of both networks' convolutions; None: not decided yet
         self.opt = OPTIMISERS[cfg.optimiser](student.parameters(), cfg.lr)
         self.average = _average_of(student, cfg.average) if cfg.average else None
         on_accuracy = cfg.schedule == "plateau_on_test_accuracy"
@@ -403,7 +408,7 @@ class _Job:
 
     def meta(self):
         return {"step": self.step, "seconds": self.seconds, "history": self.history, "best": self.best, "loss_count": self.loss_count,
-                "lr": self.lr, "compiled": self.compiled, "plateau": {k: v for k, v in self.plateau.state_dict().items() if k in ("best", "num_bad_epochs", "last_epoch")}}
+                "lr": self.lr, "compiled": self.compiled, "winograd": self.winograd, "plateau": {k: v for k, v in self.plateau.state_dict().items() if k in ("best", "num_bad_epochs", "last_epoch")}}
 
     def restore(self, tensors, meta):
         part = lambda name: {k.removeprefix(f"{name}/"): v.to(self.device) for k, v in tensors.items() if k.startswith(f"{name}/")}
@@ -415,7 +420,8 @@ class _Job:
         if self.average: self.average.module.load_state_dict(part("average"))
         self.plateau.load_state_dict(meta["plateau"])
         for name in ("step", "seconds", "history", "best", "loss_count", "lr"): setattr(self, name, meta[name])
-        self.compiled = meta.get("compiled", False)                    # a checkpoint of before there was a choice has none
+        # a checkpoint of before there was a choice has none
+        self.compiled, self.winograd = meta.get("compiled", False), meta.get("winograd") or _NO_WINOGRAD
 
 # %% ../nbs/09_distillation.ipynb #f8b0a7bb
 def _input_shape(teacher, student, sampler, test_data):
@@ -467,10 +473,11 @@ class DistillResult:
     alpha: Optional[float] = None              # of batch alignment; None where nothing was aligned
     step: int = 0                              # steps taken
     compiled: bool = False                     # whether the networks were, see `DistillConfig.compile`
+    winograd: int = 0                          # convolutions of both networks that were computed so, see `DistillConfig.winograd`
 
     def summary(self):
         "A JSON-like dict of everything but weights and history."
-        return {k: getattr(self, k) for k in ("state", "accuracy", "best", "seconds", "ledger", "alpha", "compiled")} | {"steps": int(self.history["step"].max()) if len(self.history) else 0}
+        return {k: getattr(self, k) for k in ("state", "accuracy", "best", "seconds", "ledger", "alpha", "compiled", "winograd")} | {"steps": int(self.history["step"].max()) if len(self.history) else 0}
 
 def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler=None, recal_images=None, progress=True, desc=None):
     """Train `student` to match `teacher` on noise, by `cfg` (a `DistillConfig`); the student is trained in place.
@@ -506,6 +513,7 @@ def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     student.to(device, memory_format=torch.channels_last)
     num_classes = _num_classes(frozen, student, shape, device)
     _check_test_data(test_data, recal_images, shape, num_classes, cfg)
+    if cfg.winograd is True and device.type != "cpu": raise ValueError("winograd is for a CPU, a GPU's library chooses its algorithms by itself: set it to \"auto\" or False")
     if cfg.compile is True and current().size > 1: raise ValueError("what several processes share can't be compiled: with compile, start one process")
     check_rows(min(cfg.batch_size, cfg.batch_end or cfg.batch_size, cfg.pool_size or cfg.batch_size))
     cfg = _with_alpha(cfg, frozen, draw, device)
@@ -525,7 +533,7 @@ def _with_alpha(cfg, teacher, draw, device):
     return cfg.replace(alpha=current().on_first(lambda: pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g)))
 
 # what a run depends on besides its networks and images: begun with another version it is another run
-_CODE = ("ahead", "compiled", "config", "machine", "norms", "samplers", "small_maps", "losses", "evaluation", "checkpoints", "parallel", "distillation")
+_CODE = ("ahead", "compiled", "config", "machine", "norms", "samplers", "small_maps", "winograd", "losses", "evaluation", "checkpoints", "parallel", "distillation")
 
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."
@@ -544,7 +552,7 @@ def _at_work(job, ahead=True):
     job.student.train()
     devices = [job.device] if job.device.type == "cuda" else []
     with (teacher_context(job.teacher, job.cfg.teacher_mode, job.cfg.alpha), torch.random.fork_rng(devices=devices), deterministic(job.device),
-          _compiled(job), _working_ahead(job) if ahead else nullcontext()): yield
+          _compiled(job), _by_winograd(job), _working_ahead(job) if ahead else nullcontext()): yield
 
 # %% ../nbs/09_distillation.ipynb #2efa9bdd
 @contextmanager
@@ -583,6 +591,23 @@ def _pays(job):
     finally:
         supervise.ask = job.teacher
         for name, b in job.student.named_buffers(): b.copy_(before[name])
+
+# %% ../nbs/09_distillation.ipynb #0ab834f4
+_NO_WINOGRAD = {"teacher": [], "student": []}
+
+@contextmanager
+def _by_winograd(job):
+    "Convolutions by `nskd.winograd`, where that was asked for or pays; a run that has begun keeps to what it began with."
+    if job.winograd is None: job.winograd = current().on_first(lambda: _pick_winograd(job))
+    with by_winograd(job.teacher, job.winograd["teacher"], frozen=True), by_winograd(job.student, job.winograd["student"]): yield
+
+def _pick_winograd(job):
+    cfg, shape = job.cfg, job.supervise.draw.shape
+    if job.device.type != "cpu" or job.compiled or not cfg.winograd or (cfg.winograd == "auto" and is_small(shape)): return _NO_WINOGRAD
+    x, least = torch.zeros(2, *shape), 0.0 if cfg.winograd is True else LEAST_GAIN
+    precisions = {"teacher": pick_teacher_precision(cfg.precision, job.device), "student": pick_student_precision(cfg.precision, job.device, shape)}
+    with teacher_context(job.student, "rs"):
+        return {who: pick_winograd(getattr(job, who), x, who == "student", DTYPES[p], cfg.batch_size, least) for who, p in precisions.items()}
 
 # %% ../nbs/09_distillation.ipynb #69c224ec
 @contextmanager
@@ -689,7 +714,7 @@ class _Store:
         job.student.load_state_dict(load_tensors(self.dir / "student.safetensors"))
         job.best_state = load_tensors(self.dir / "best.safetensors")
         job.history, job.best, job.seconds, job.step, self.written = record["history"], record["best"], record["seconds"], job.cfg.steps, True
-        job.compiled = record.get("compiled", False)
+        job.compiled, job.winograd = record.get("compiled", False), {"both": [None] * record.get("winograd", 0)}
         return "finished"
 
     def resume(self, job):
@@ -738,7 +763,7 @@ class _Store:
         best = dict(job.best or {})
         if judged and best: best["accuracy"] = {m: best[f"accuracy_{m}"] for m in ("cs", "rs", "recal")}
         result = DistillResult(job.student.eval(), history, accuracy, best, state, ledger, round(job.seconds, 3), self.dir, job.best_state, self.identity["alpha"],
-                               job.step, bool(job.compiled))
+                               job.step, bool(job.compiled), sum(map(len, (job.winograd or {}).values())))
         self.group.on_first(lambda: self._finish(job, result) if self.dir and state == "finished" and not self.written else None)
         return result
 
