@@ -43,14 +43,14 @@ CASES = {
 
 class Case:
     "One of `CASES` on a device: fresh `teacher` and `student` with random weights (speed does not depend on them), and its `cfg`."
-    def __init__(self, name, device="auto", norm="bn", precision="auto", k=4, batch_size=None, classes=10, compile=False):
+    def __init__(self, name, device="auto", norm="bn", precision="auto", k=4, batch_size=None, classes=10, compile=False, winograd="auto"):
         one_of(name, CASES, "case")
         self.name, self.device, spec = name, pick_device(device), CASES[name]
         self.shape, self.classes = spec["shape"], classes
         size = batch_size or spec["batch_size"][self.device.type]
         build = lambda net, width, norm: create_model(net, classes, self.shape[0], self.shape[1], norm=norm, width=width, seed=0)
         self.teacher, self.student = build(*spec["teacher"], norm), build(*spec["student"], "bn")
-        self.cfg = DistillConfig(k=k, batch_size=size, precision=precision, device=str(self.device), compile=compile)
+        self.cfg = DistillConfig(k=k, batch_size=size, precision=precision, device=str(self.device), compile=compile, winograd=winograd)
 
 # %% ../nbs/25_benchmark.ipynb #f12762af
 def plain_select(labels, batch_size, num_classes):
@@ -103,10 +103,10 @@ class Plain:
     def settle(self): pass
 
 class Ours:
-    "The loop of `distill`; `step()` makes one step. `ahead`: whether the next steps' batches may be made meanwhile; if not, nothing is compiled either, so that parts can be told apart."
-    def __init__(self, case, ahead=True):
+    "The loop of `distill`; `step()` makes one step. `ahead`: whether the next steps' batches may be made meanwhile; if not, nothing is compiled either, so that parts can be told apart. `changes`: of its `DistillConfig`."
+    def __init__(self, case, ahead=True, **changes):
         self.case = case
-        self.job, _ = _prepare(case.teacher, case.student, case.cfg if ahead else case.cfg.replace(compile=False), None, create_sampler("gaussian", case.shape), None)
+        self.job, _ = _prepare(case.teacher, case.student, case.cfg.replace(**({} if ahead else {"compile": False}), **changes), None, create_sampler("gaussian", case.shape), None)
         self.work = _at_work(self.job, ahead)
         self.work.__enter__()
 
@@ -199,8 +199,8 @@ def take_turns(case, turns=7, warm=1, threads=None, loops=("plain", "ours"), ste
 
 # %% ../nbs/25_benchmark.ipynb #f79a8bf5
 def step_flops(case):
-    "FLOPs of one step of a `Case`: {\"teacher\": of the pool and the targets, \"student\": of its forward and backward pass}."
-    loop = Ours(case, ahead=False)
+    "FLOPs of one step of a `Case` as convolutions are defined, however they are computed: {\"teacher\": of the pool and the targets, \"student\": of its forward and backward pass}."
+    loop = Ours(case, ahead=False, winograd=False)
     try:
         with FlopCounterMode(display=False) as asked: loop.job.make_batch(0)
         with FlopCounterMode(display=False) as whole: loop.step()
@@ -310,7 +310,7 @@ def benchmark(name, turns=7, threads=None, **options):
 
     `ratio`: how many times faster, the median over `turns`, of which `ratio_low` and `ratio_high` are the 10 % and 90 % quantiles. `images_per_s`:
     noise images, the pool's counted. `roofline_fraction`: the time that the step's FLOPs would take at `gemm_rates`, each in the precision that was
-    used, over the time it took. `options`: of `Case`.
+    used, over the time it took (by Winograd's algorithm, which needs fewer, it may be above 1). `options`: of `Case`.
     """
     case = Case(name, **options)
     precision = {"teacher": pick_teacher_precision(case.cfg.precision, case.device), "student": pick_student_precision(case.cfg.precision, case.device, case.shape)}
@@ -326,7 +326,7 @@ def benchmark(name, turns=7, threads=None, **options):
 
 class BenchmarkParameters(Config):
     "Parameters of the benchmark notebook; its own comments say what each is."
-    cases: Names = ["digits", "cifar"]
+    cases: Names = ["digits", "cifar", "cifar-wrn"]
     norms: Names = ["bn", "ln"]
     turns: int = Field(5, ge=1)
     k: int = Field(4, ge=2)
@@ -334,6 +334,7 @@ class BenchmarkParameters(Config):
     threads: Optional[int] = Field(None, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    winograd: bool | Literal["auto"] = "auto"
     device: Annotated[str, BeforeValidator(_device)] = "auto"
     machine: Optional[str] = Field(None, pattern="^[A-Za-z0-9_.-]+$")
 
@@ -345,7 +346,7 @@ class BenchmarkParameters(Config):
 
     def run_name(self): return f"benchmark-{self.machine}" if self.machine else "benchmark"
 
-    def options(self): return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "compile", "device")}
+    def options(self): return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "compile", "winograd", "device")}
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m nskd.benchmark", description="Ours against the plain loop.")
@@ -355,8 +356,10 @@ def main(arguments=None):
         parser.add_argument(f"--{option}", type=kind, default=default)
     for option in ("batch-size", "threads"): parser.add_argument(f"--{option}", type=int)
     parser.add_argument("--compile", action="store_true", help="compile our networks first (nskd.compiled)")
+    parser.add_argument("--no-winograd", action="store_true", help="PyTorch's convolutions everywhere (nskd.winograd)")
     a = parser.parse_args(arguments)
-    try: found = benchmark(a.case, a.turns, a.threads, device=a.device, norm=a.norm, precision=a.precision, k=a.k, batch_size=a.batch_size, compile=a.compile)
+    try: found = benchmark(a.case, a.turns, a.threads, device=a.device, norm=a.norm, precision=a.precision, k=a.k, batch_size=a.batch_size, compile=a.compile,
+                            winograd=False if a.no_winograd else "auto")
     except (ValueError, RuntimeError) as e: sys.exit(f"error: {first_line(e)}")
     print(json.dumps(found) if a.json else _told(found))
 

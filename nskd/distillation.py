@@ -64,7 +64,7 @@ class DistillConfig(Config):
     batch alone. `optimiser`: with torch's own settings; "sgd" has Nesterov momentum 0.9. `warmup`: share of the steps over which the rate rises from 0.
     `average`: decay of an exponential average of the student's weights (timm's, which begins with a shorter one), which is what is judged and returned.
     `compile`: have `torch.compile` make teacher and student faster (`nskd.compiled`), which rounds otherwise; "auto": on a GPU, where it ends this run sooner by a trial.
-    `winograd`: compute 3×3 convolutions with fewer multiplications (`nskd.winograd`), which rounds otherwise, on a CPU; "auto": those that are faster so, by a trial, where images have 24×24 pixels or more.
+    `winograd`: compute 3×3 convolutions with fewer multiplications (`nskd.winograd`), which rounds otherwise, on a CPU; "auto": those that are faster so, by a trial, where images have 24×24 pixels or more and there are 50 steps or more.
     `checkpoint_part_mb`: write checkpoints in files of at most so many MB (10⁶ bytes), for places that move no larger ones.
     """
     sampler: str = "gaussian"
@@ -505,6 +505,7 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
 def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     "The checked job, and all that its result depends on."
     device = pick_device(cfg.device)
+    if cfg.winograd is True and device.type != "cpu": raise ValueError("winograd is for a CPU, a GPU's library chooses its algorithms by itself: set it to \"auto\" or False")
     if device.type == "cpu": keep_freed_memory()
     shape = _input_shape(teacher, student, sampler, test_data)
     draw = sampler or create_sampler(cfg.sampler, shape)
@@ -513,7 +514,6 @@ def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     student.to(device, memory_format=torch.channels_last)
     num_classes = _num_classes(frozen, student, shape, device)
     _check_test_data(test_data, recal_images, shape, num_classes, cfg)
-    if cfg.winograd is True and device.type != "cpu": raise ValueError("winograd is for a CPU, a GPU's library chooses its algorithms by itself: set it to \"auto\" or False")
     if cfg.compile is True and current().size > 1: raise ValueError("what several processes share can't be compiled: with compile, start one process")
     check_rows(min(cfg.batch_size, cfg.batch_end or cfg.batch_size, cfg.pool_size or cfg.batch_size))
     cfg = _with_alpha(cfg, frozen, draw, device)
@@ -594,6 +594,7 @@ def _pays(job):
 
 # %% ../nbs/09_distillation.ipynb #0ab834f4
 _NO_WINOGRAD = {"teacher": [], "student": []}
+_WORTH_A_TRIAL = 50            # steps; a trial takes as long as some five
 
 @contextmanager
 def _by_winograd(job):
@@ -603,7 +604,7 @@ def _by_winograd(job):
 
 def _pick_winograd(job):
     cfg, shape = job.cfg, job.supervise.draw.shape
-    if job.device.type != "cpu" or job.compiled or not cfg.winograd or (cfg.winograd == "auto" and is_small(shape)): return _NO_WINOGRAD
+    if job.device.type != "cpu" or job.compiled or not cfg.winograd or (cfg.winograd == "auto" and (is_small(shape) or cfg.steps < _WORTH_A_TRIAL)): return _NO_WINOGRAD
     x, least = torch.zeros(2, *shape), 0.0 if cfg.winograd is True else LEAST_GAIN
     precisions = {"teacher": pick_teacher_precision(cfg.precision, job.device), "student": pick_student_precision(cfg.precision, job.device, shape)}
     with teacher_context(job.student, "rs"):
@@ -823,4 +824,4 @@ def _again(job, step):
             if job.step % job.cfg.eval_every == 0: job.evaluate(0.0)              # a schedule may depend on it
         before = copy.deepcopy(job.student)
         x, z_t, z_s, loss = job.look()
-    return Replay(step, step_seed(job.cfg.seed, step), x, z_t, z_s.detach().clone(), float(loss), before, start)
+    return Replay(step, step_seed(job.cfg.seed, step), x, z_t, z_s.detach().clone(), float(loss.detach()), before, start)

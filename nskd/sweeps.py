@@ -114,10 +114,21 @@ class PrecisionSweep(Sweep):
     steps: int = Field(400, ge=1)
     batch_size: int = Field(256, ge=2)
     lr: float = Field(1e-3, gt=0)
+    ways: Annotated[list[str], _each(("fp32", "teacher", "bf16", "winograd"), "a way")] = ["fp32", "teacher", "bf16"]
 
-    def precision_of(self, way):
-        "What `DistillConfig.precision` is for `fp32`, `teacher` (the default: for small images the teacher alone in bf16, where the device can) and `bf16`."
-        return "auto" if way == "teacher" else way
+    @model_validator(mode="after")
+    def _reference(self):
+        if "fp32" not in self.ways or len(self.ways) < 2: raise ValueError(f"ways must hold fp32, to which the others are compared, and one more, not {', '.join(self.ways)}")
+        return self
+
+    def arithmetic(self, way):
+        "What `DistillConfig` is told for `fp32`, `teacher` (the default: for small images the teacher alone in bf16, where the device can), `bf16`, and `winograd` (all convolutions that can be computed so)."
+        return {"precision": {"teacher": "auto", "winograd": "fp32"}.get(way, way), "winograd": way == "winograd"}
+
+    def run_name(self):
+        "Where results go: the usual ways' to `precision`, others' beside it."
+        usual = self.ways == type(self).model_fields["ways"].default
+        return "precision" if usual else "-".join(["precision", *(w for w in self.ways if w != "fp32")])
 
     def here(self):
         "A sentence on what the default means on this device, for these images."

@@ -14,6 +14,7 @@ from math import prod
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.autograd.function import once_differentiable
 
 from .machine import remembered, timed
@@ -194,12 +195,12 @@ def winograd_pays(channels, out_channels, height, width, batch_size, training, d
 def _try(channels, out_channels, height, width, batch_size, training, dtype):
     g = torch.Generator().manual_seed(0)                                        # its own: whoever asks may be in the middle of a run
     x = torch.randn(batch_size, channels, height, width, generator=g).to(dtype, memory_format=torch.channels_last).requires_grad_(training)
-    conv = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False, dtype=torch.float32 if training else dtype).to(memory_format=torch.channels_last).requires_grad_(training)
-    points, up = winograd_weights(conv.weight), None
+    weight = torch.randn(out_channels, channels, 3, 3, generator=g).to(torch.float32 if training else dtype, memory_format=torch.channels_last).requires_grad_(training)
+    points = winograd_weights(weight)
     def work(forward):
         with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16): y = forward(x)
-        if training: torch.autograd.grad(y, (x, conv.weight), torch.ones_like(y))
-    ways = (conv, (lambda x: winograd_conv2d(x, conv.weight)) if training else (lambda x: _convolve(x, points)))
+        if training: torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    ways = (lambda x: F.conv2d(x, weight, padding=1), (lambda x: winograd_conv2d(x, weight)) if training else (lambda x: _convolve(x, points)))
     took = [[timed(lambda: work(way), x.device)[0] for way in ways] for _ in range(6)][1:]
     return float(np.median([theirs / ours for theirs, ours in took]))
 

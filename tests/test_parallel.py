@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # 26 rows: 6 and 7 for four processes. Adam turns rounding into steps of size lr where a gradient is zero, hence the small one.
 CFG = DistillConfig(steps=3, batch_size=26, k=3, eval_every=2, lr=1e-5, device="cpu", precision="fp32")
 CASES = {"bn": CFG, "aligned": CFG.replace(alpha=0.7), "pool, mixup": CFG.replace(pool_size=70, mixup=True), "reuse, joint": CFG.replace(requery=False, joint_pool=True),
-         "cached targets": CFG.replace(pool_size=70, target_contexts=2), "perlin": CFG.replace(sampler="perlin", k=1, teacher_mode="rs")}
+         "cached targets": CFG.replace(pool_size=70, target_contexts=2), "perlin": CFG.replace(sampler="perlin", k=1, teacher_mode="rs"), "winograd": CFG.replace(winograd=True)}
 LONG = CFG.replace(steps=8, checkpoint_every=2, eval_every=3, lr=1e-3)
 
 
