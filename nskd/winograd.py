@@ -53,12 +53,13 @@ def winograd_weights(weight):
     "The taps `weight` (C', C, 3, 3) at the 36 points: (36, C, C'), float32 or better."
     return (_matrices(_wide(weight.dtype))[2] @ weight.detach().permute(2, 3, 1, 0).reshape(9, -1).to(_wide(weight.dtype))).view(36, *weight.shape[1::-1])
 
+# %% ../nbs/08e_winograd.ipynb #443b53cf
 class _Tiling:
     "Memory for a share of maps (N, C, H, W), and where in a map the tiles are."
     def __init__(self, x, out_channels):
         (n, channels, height, width), self.dtype = x.shape, _wide(x.dtype)
         self.tall, self.wide = -(-height // 4), -(-width // 4)
-        self.images = min(n, max(1, _SHARE // (max(channels, out_channels) * self.tall * self.wide)))
+        self.images = max(1, min(n, _SHARE // (max(channels, out_channels) * self.tall * self.wide)))
         self.spaces = {}
 
     def shares(self, n):
@@ -96,6 +97,7 @@ class _Tiling:
 
     def whole(self, n, channels, dtype, make=torch.empty): return make(n, 4 * self.tall, 4 * self.wide, channels, dtype=dtype)
 
+# %% ../nbs/08e_winograd.ipynb #db957a39
 def _convolve(x, points, dtype=None):
     "The convolution of `x` (N, C, H, W) by the taps `points` (36, C, C'), channels last."
     (n, _, height, width), out_channels = x.shape, points.shape[2]
