@@ -74,3 +74,18 @@ def test_both_loops_wait_as_pytorch_comes(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     with _as_pytorch_waits(): assert "OMP_WAIT_POLICY" not in os.environ
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_ways_of_the_precision_study_are_compared_to_float32():
+    from nskd.sweeps import PrecisionSweep
+    with pytest.raises(ValueError, match="ways must hold fp32"): PrecisionSweep(ways="teacher,bf16")
+    with pytest.raises(ValueError, match="winogard"): PrecisionSweep(ways="fp32,winogard")
+    p = PrecisionSweep(ways="fp32,winograd")
+    assert (p.run_name(), PrecisionSweep().run_name()) == ("precision-winograd", "precision")
+    assert p.arithmetic("winograd") == {"precision": "fp32", "winograd": True} and p.arithmetic("teacher") == {"precision": "auto", "winograd": False}
+
+
+def test_flops_are_counted_as_convolutions_are_defined():
+    from nskd.benchmark import step_flops
+    size = dict(k=2, batch_size=16)
+    assert step_flops(Case("digits", "cpu", winograd=True, **size)) == step_flops(Case("digits", "cpu", winograd=False, **size))
