@@ -124,7 +124,8 @@ def plot_effects(effects, names, unit="points"):
         ax.plot([e.low, e.high], [i, i], color=colour, linewidth=2, solid_capstyle="butt"); ax.plot(e.mean, i, marker="o", color=colour, markersize=5)
         ax.plot(e.values, [i] * len(e.values), linestyle="", marker=".", markersize=3, color="black", alpha=0.5)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks(range(len(effects)), [" × ".join(names.get(f, f) for f in fs) for fs in effects.factors]); ax.invert_yaxis()
+    ax.set_yticks(range(len(effects)), [" × ".join(names.get(f, f) for f in fs) for fs in effects.factors])
+    ax.set_ylim(len(effects) - 0.5, -0.5)                          # the first on top, and whole markers
     ax.set_xlabel(f"effect on student accuracy ({unit})"); ax.grid(axis="y", visible=False)
     return fig
 
