@@ -134,7 +134,7 @@ class PrecisionSweep(Sweep):
         "A sentence on what the default means on this device, for these images."
         device = pick_device(self.device)
         teacher, student = pick_teacher_precision("auto", device), pick_student_precision("auto", device, load_dataset(self.dataset).shape)
-        same = "" if teacher != student else f", so the second way is the {'first' if teacher == 'fp32' else 'third'} here"
+        same = "" if teacher != student or "teacher" not in self.ways else f", so the second way is the {'first' if teacher == 'fp32' else 'third'} here"
         return f"On this {device.type} the default asks the teacher in {teacher} and trains the student in {student}{same}."
 
 class RecipeSweep(Sweep):
