@@ -715,7 +715,7 @@ class _Store:
         job.student.load_state_dict(load_tensors(self.dir / "student.safetensors"))
         job.best_state = load_tensors(self.dir / "best.safetensors")
         job.history, job.best, job.seconds, job.step, self.written = record["history"], record["best"], record["seconds"], job.cfg.steps, True
-        job.compiled, job.winograd = record.get("compiled", False), {"both": [None] * record.get("winograd", 0)}
+        job.compiled, job.winograd = record.get("compiled", False), record.get("by_winograd") or _NO_WINOGRAD
         return "finished"
 
     def resume(self, job):
@@ -774,7 +774,7 @@ class _Store:
         write_bytes(self.dir / "history.csv", result.history.to_csv(index=False).encode())
         write_json(self.dir / "ledger.json", result.ledger)
         sums = {f: file_sha256(self.dir / f) for f in ("student.safetensors", "best.safetensors")}
-        write_json(self.dir / "result.json", {**result.summary(), "history": job.history, "best": job.best, "sha256": sums,
+        write_json(self.dir / "result.json", {**result.summary(), "history": job.history, "best": job.best, "by_winograd": job.winograd, "sha256": sums,
                                               "provenance": {**provenance(job.device), "processes": self.group.size}})
         self.checkpoints.clear()
 

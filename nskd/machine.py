@@ -63,8 +63,11 @@ def gemm_rates(device="auto", size=None, repeats=5, precisions=("fp32", "bf16"))
 # %% ../nbs/07c_machine.ipynb #fdc69e86
 def record_of(kind, *about, device="cpu"):
     "The file in which what `kind` says of `about` (strings) on this machine, with this version of torch, is remembered."
-    name = hashlib.sha256("\n".join((*about, device_name(device), torch.__version__)).encode()).hexdigest()[:16]
+    # virtual machines on different processors may bear one name
+    name = hashlib.sha256("\n".join((*about, device_name(device), str(sorted(_instructions().items())), torch.__version__)).encode()).hexdigest()[:16]
     return cache_dir() / kind / f"{name}.json"
+
+def _instructions(): return getattr(torch.cpu, "get_capabilities", dict)()
 
 def remembered(measure, kind, *about, device="cpu"):
     "What `measure()` found (as JSON), now or when it was last asked on this machine."
@@ -82,12 +85,11 @@ def gains_by_bf16(kind):
     "Whether devices of `kind` (\"cpu\", \"cuda\") here are faster in bfloat16: GPUs that compute in it, CPUs that do and multiply matrices faster so, as measured once."
     if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     if not _has_bf16(): return False
-    # virtual machines on different processors may bear one name
-    rates = remembered(lambda: gemm_rates("cpu", 1024, 7), "matrix-products", str(sorted(torch.cpu.get_capabilities().items())))
+    rates = remembered(lambda: gemm_rates("cpu", 1024, 7), "matrix-products")
     return rates["bf16"] > _LEAST_GAIN * rates["fp32"]
 
 def _has_bf16():
-    able = getattr(torch.cpu, "get_capabilities", dict)()           # emulated bf16 is slower than fp32
+    able = _instructions()                                          # emulated bf16 is slower than fp32
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 # %% ../nbs/07c_machine.ipynb #1cd67f86

@@ -191,8 +191,8 @@ LEAST_GAIN = 1.1
 
 def winograd_pays(channels, out_channels, height, width, batch_size, training, dtype=torch.float32):
     "How many times as fast as PyTorch's convolution `winograd_conv2d` is on this CPU with as many threads as now, forward or, in `training`, forward and backward; the median of five, remembered."
-    about = f"{channels} {out_channels} {height} {width} {batch_size} {training} {dtype} {torch.get_num_threads()}"
-    return remembered(lambda: _try(channels, out_channels, height, width, batch_size, training, dtype), "winograd", about, code_key("winograd"), str(sorted(torch.cpu.get_capabilities().items())))
+    kind = (channels, out_channels, height, width, batch_size, training, dtype)
+    return remembered(lambda: _try(*kind), "winograd", str(kind), str(torch.get_num_threads()), code_key("winograd"))
 
 def _try(channels, out_channels, height, width, batch_size, training, dtype):
     g = torch.Generator().manual_seed(0)                                        # its own: whoever asks may be in the middle of a run
