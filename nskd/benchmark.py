@@ -9,7 +9,7 @@ __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'PlainAligned', 'P
 
 # %% ../nbs/25_benchmark.ipynb #befd0bc3
 "Against the plain loop that a careful user would write, and against the machine's own arithmetic."
-import argparse, json, multiprocessing, os, resource, sys, time
+import argparse, json, multiprocessing, resource, sys, time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .ahead import Ahead
 from .config import Config, first_line, one_of
-from .machine import gemm_rates, pick_device, pick_student_precision, pick_teacher_precision, threads as threads_of, timed, wait
+from .machine import environment, gemm_rates, pick_device, pick_student_precision, pick_teacher_precision, threads as threads_of, timed, wait
 from .distillation import DistillConfig, _at_work, _lanes, _prepare
 from .losses import kd_loss
 from .models import create_model
@@ -149,13 +149,9 @@ def _context():
     context.set_forkserver_preload(["nskd.distillation", "nskd.parameters", "nskd.plots"])       # all that this module loads; itself it may be `__main__`
     return context
 
-@contextmanager
 def _as_pytorch_waits():
     "Processes that are started in here wait for each other's threads as PyTorch comes, whatever this one was told: `make` has threads sleep, which doubles the plain loop's time."
-    before = os.environ.pop("OMP_WAIT_POLICY", None)
-    try: yield
-    finally:
-        if before is not None: os.environ["OMP_WAIT_POLICY"] = before
+    return environment(OMP_WAIT_POLICY=None)
 
 @contextmanager
 def _process(loop, case, threads):

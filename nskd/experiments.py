@@ -11,7 +11,6 @@ __all__ = ['cell_teacher', 'distil_cell', 'cell_sampler', 'new_student', 'cell_s
 # %% ../nbs/11a_experiments.ipynb #c58aa666
 import os, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
 from threading import Thread
 
@@ -19,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .machine import pick_device, pick_student_precision, pick_teacher_precision, threads
+from .machine import environment, pick_device, pick_student_precision, pick_teacher_precision, threads
 from .data import load_dataset
 from .distillation import _CODE as _OF_DISTILL, _NOT_IDENTITY, distill
 from .models import create_model
@@ -126,14 +125,6 @@ def _end_with_parent():
     connection.wait([parent_process().sentinel])
     os._exit(1)
 
-@contextmanager
-def _environment(**values):
-    before = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    try: yield
-    finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
-
 def pick_workers(workers, device, n):
     "How many processes for `n` cells: as asked, else one a core on a CPU and one in all on a GPU."
     if workers != "auto": return max(1, min(workers, n))
@@ -153,7 +144,7 @@ def run_parallel(function, items, workers, desc="cells"):
                 for i, item in enumerate(items): results[i] = function(item); bar.update()
             return [results[i] for i in range(len(items))]
         # spawn: a forked child would inherit locked OpenMP state
-        with (_environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"),
+        with (environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"),
               ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(1,)) as pool):
             futures = {pool.submit(function, item): i for i, item in enumerate(items)}
             try:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DTYPES', 'pick_device', 'is_small', 'wait', 'timed', 'gemm_rates', 'record_of', 'remembered', 'gains_by_bf16',
            'pick_precision', 'pick_student_precision', 'pick_teacher_precision', 'autocast', 'round_weights',
-           'deterministic', 'threads', 'keep_freed_memory']
+           'deterministic', 'threads', 'environment', 'keep_freed_memory']
 
 # %% ../nbs/07c_machine.ipynb #485de128
-import ctypes, hashlib, time
+import ctypes, hashlib, os, time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -140,6 +140,16 @@ def threads(n):
     torch.set_num_threads(n)
     try: yield
     finally: torch.set_num_threads(before)
+
+@contextmanager
+def environment(**values):
+    "Run with these environment variables, None for one that isn't there, and then with what was there before."
+    before = {name: os.environ.get(name) for name in values}
+    def put(values):
+        for name, value in values.items(): os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    put(values)
+    try: yield
+    finally: put(before)
 
 @cache
 def keep_freed_memory():
