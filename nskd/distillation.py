@@ -607,8 +607,10 @@ def _pick_winograd(job):
     if job.device.type != "cpu" or job.compiled or not cfg.winograd or (cfg.winograd == "auto" and (is_small(shape) or cfg.steps < _WORTH_A_TRIAL)): return _NO_WINOGRAD
     x, least = torch.zeros(2, *shape), 0.0 if cfg.winograd is True else LEAST_GAIN
     precisions = {"teacher": pick_teacher_precision(cfg.precision, job.device), "student": pick_student_precision(cfg.precision, job.device, shape)}
-    with teacher_context(job.student, "rs"):
-        return {who: pick_winograd(getattr(job, who), x, who == "student", DTYPES[p], cfg.batch_size, least) for who, p in precisions.items()}
+    def pick(who, p):
+        # a teacher's weights may be rounded to bfloat16 already, and take other inputs under autocast alone
+        with autocast(job.device, p): return pick_winograd(getattr(job, who), x, who == "student", DTYPES[p], cfg.batch_size, least)
+    with teacher_context(job.student, "rs"): return {who: pick(who, p) for who, p in precisions.items()}
 
 # %% ../nbs/09_distillation.ipynb #69c224ec
 @contextmanager

@@ -82,7 +82,8 @@ _LEAST_GAIN = 1.2         # what surrounds the products, casts among it, is paid
 
 @cache
 def gains_by_bf16(kind):
-    "Whether devices of `kind` (\"cpu\", \"cuda\") here are faster in bfloat16: GPUs that compute in it, CPUs that do and multiply matrices faster so, as measured once."
+    "Whether devices of `kind` (\"cpu\", \"cuda\") here are faster in bfloat16: GPUs that compute in it, CPUs that do and multiply matrices faster so, as measured once. `$NSKD_BF16` (0 or 1) answers in the machine's place, for runs that are to be the same on another."
+    if forced := os.environ.get("NSKD_BF16"): return one_of(forced, ("0", "1"), "$NSKD_BF16") == "1"
     if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     if not _has_bf16(): return False
     rates = remembered(lambda: gemm_rates("cpu", 1024, 7), "matrix-products")

@@ -49,6 +49,7 @@ def _matrices(dtype):
 
 def _wide(dtype): return torch.promote_types(dtype, torch.float32)
 
+@torch.autocast("cpu", enabled=False)
 def winograd_weights(weight):
     "The taps `weight` (C', C, 3, 3) at the 36 points: (36, C, C'), float32 or better."
     return (_matrices(_wide(weight.dtype))[2] @ weight.detach().permute(2, 3, 1, 0).reshape(9, -1).to(_wide(weight.dtype))).view(36, *weight.shape[1::-1])
@@ -98,6 +99,7 @@ class _Tiling:
     def whole(self, n, channels, dtype, make=torch.empty): return make(n, 4 * self.tall, 4 * self.wide, channels, dtype=dtype)
 
 # %% ../nbs/08e_winograd.ipynb #db957a39
+@torch.autocast("cpu", enabled=False)                    # the products are float32's, also where the answer isn't
 def _convolve(x, points, dtype=None):
     "The convolution of `x` (N, C, H, W) by the taps `points` (36, C, C'), channels last."
     (n, _, height, width), out_channels = x.shape, points.shape[2]
