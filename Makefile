@@ -6,8 +6,6 @@ OUT     ?=
 WORKERS ?= 2
 GRID    ?= params/grid/table2.yaml
 JOBS    ?= 2
-QUEUE   ?= params/queue/cifar10.yaml
-SLICE   ?= 560
 
 BIN   := .venv/bin
 READY := .venv/.ok
@@ -35,7 +33,7 @@ define papermill
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help table2 table4 tables grid slice test fuzz lab export readme clean distclean
+.PHONY: help table2 table4 tables grid test fuzz lab export readme clean distclean
 .PHONY: $(NOTEBOOKS) $(STUDIES)
 
 help: ## list the targets
@@ -67,9 +65,6 @@ tables: $(READY) ## run every table and figure, one after the other, then the le
 
 grid: $(READY) ## run a grid of cells with Snakemake: GRID=params/grid/table2.yaml, JOBS=2 side by side, ARGS="more for snakemake"
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake -s params/Snakefile --config grid='$(GRID)' --cores $(JOBS) --keep-going --rerun-incomplete $(ARGS)
-
-slice: $(READY) ## work on a queue of long runs for SLICE=560 seconds, and say what is left: QUEUE=params/queue/cifar10.yaml
-	$(BIN)/python -m nskd.parcels run '$(QUEUE)' --seconds $(SLICE)
 
 # Notebooks that papermill runs are run by pytest, which looks at what they leave.
 test: $(READY) ## run the notebooks as tests, then pytest (ARGS="more for pytest"), WORKERS=2 at a time; either one failing fails it

@@ -23,10 +23,9 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
-from .ahead import Ahead
 from .config import Config, first_line, one_of
 from .machine import environment, gemm_rates, pick_device, pick_student_precision, pick_teacher_precision, threads as threads_of, timed, wait
-from .distillation import DistillConfig, _at_work, _lanes, _prepare
+from .distillation import DistillConfig, _at_work, _prepare
 from .losses import kd_loss
 from .models import create_model
 from .norms import _children, resolve_teacher_mode, teacher_context
@@ -43,14 +42,14 @@ CASES = {
 
 class Case:
     "One of `CASES` on a device: fresh `teacher` and `student` with random weights (speed does not depend on them), and its `cfg`."
-    def __init__(self, name, device="auto", norm="bn", precision="auto", k=4, batch_size=None, classes=10, compile=False, winograd="auto"):
+    def __init__(self, name, device="auto", norm="bn", precision="auto", k=4, batch_size=None, classes=10, compile=False):
         one_of(name, CASES, "case")
         self.name, self.device, spec = name, pick_device(device), CASES[name]
         self.shape, self.classes = spec["shape"], classes
         size = batch_size or spec["batch_size"][self.device.type]
         build = lambda net, width, norm: create_model(net, classes, self.shape[0], self.shape[1], norm=norm, width=width, seed=0)
         self.teacher, self.student = build(*spec["teacher"], norm), build(*spec["student"], "bn")
-        self.cfg = DistillConfig(k=k, batch_size=size, precision=precision, device=str(self.device), compile=compile, winograd=winograd)
+        self.cfg = DistillConfig(k=k, batch_size=size, precision=precision, device=str(self.device), compile=compile)
 
 # %% ../nbs/25_benchmark.ipynb #f12762af
 def plain_select(labels, batch_size, num_classes):
@@ -100,19 +99,15 @@ class Plain:
         self.opt.zero_grad(); loss.backward(); self.opt.step()
         return loss.item()
 
-    def settle(self): pass
-
 class Ours:
-    "The loop of `distill`; `step()` makes one step. `ahead`: whether the next steps' batches may be made meanwhile; if not, nothing is compiled either, so that parts can be told apart. `changes`: of its `DistillConfig`."
-    def __init__(self, case, ahead=True, **changes):
+    "The loop of `distill`; `step()` makes one step."
+    def __init__(self, case):
         self.case = case
-        self.job, _ = _prepare(case.teacher, case.student, case.cfg.replace(**({} if ahead else {"compile": False}), **changes), None, create_sampler("gaussian", case.shape), None)
-        self.work = _at_work(self.job, ahead)
+        self.job, _ = _prepare(case.teacher, case.student, case.cfg, None, create_sampler("gaussian", case.shape), None)
+        self.work = _at_work(self.job)
         self.work.__enter__()
 
     def step(self): self.job.take_step()
-
-    def settle(self): getattr(self.job.batch, "settle", lambda: None)()
 
     def close(self): self.work.__exit__(None, None, None)
 
@@ -126,14 +121,9 @@ def _serve(pipe, loop, case, threads):
         case = Case(**case)
         work = LOOPS[loop](case)
         pipe.send("ready")
-        while (steps := pipe.recv()) is not None: pipe.send(timed(lambda: _turn(work, steps), case.device)[0] / steps)
+        while (steps := pipe.recv()) is not None: pipe.send(timed(work.step, case.device, steps)[0] / steps)
         pipe.send(peak_memory(case.device))
     except Exception as e: pipe.send(e)
-
-def _turn(work, steps):
-    "So many steps. What was made ahead is left as it was found: as many batches for the next turn, and nobody at work in the other loop's."
-    for _ in range(steps): work.step()
-    work.settle()
 
 def peak_memory(device):
     "Bytes that this process has used at most: of the GPU's memory, or of the machine's."
@@ -196,9 +186,8 @@ def take_turns(case, turns=7, warm=1, threads=None, loops=("plain", "ours"), ste
 # %% ../nbs/25_benchmark.ipynb #f79a8bf5
 def step_flops(case):
     "FLOPs of one step of a `Case` as convolutions are defined, however they are computed: {\"teacher\": of the pool and the targets, \"student\": of its forward and backward pass}."
-    loop = Ours(case, ahead=False, winograd=False)
+    loop = Ours(case)
     try:
-        loop.job.make_batch(0)                      # what is made once, at the first query, is no part of a step
         with FlopCounterMode(display=False) as asked: loop.job.make_batch(0)
         with FlopCounterMode(display=False) as whole: loop.step()
     finally: loop.close()
@@ -239,10 +228,8 @@ PARTS = ["noise", "pool", "selection", "targets", "student forward", "loss and b
 
 def shares(case, steps=10, warm=2, threads=None):
     """Where the time of a `Case`'s step goes: a DataFrame, one row a part, with milliseconds a step and the share of the whole in percent.
-
-    One part after the other, nothing made ahead: `distill` does the teacher's parts beside the student's.
-    """
-    loop = Ours(case, ahead=False)
+"""
+    loop = Ours(case)
     try:
         with threads_of(threads or torch.get_num_threads()):
             for _ in range(warm): loop.step()
@@ -281,23 +268,14 @@ def cost_of_k(case, ks=(2, 4, 8), turns=5, threads=None):
     return table, float(np.median(slopes))
 
 class Query(Ours):
-    "One pool query of `Ours`: noise, and the teacher's answers to it, made ahead as whole batches are."
+    "One pool query of `Ours`: noise, and the teacher's answers to it."
     def __init__(self, case):
-        super().__init__(case, ahead=case.cfg.compile)
-        supervise, self.done = self.job.supervise, 0
-        def make(step):
-            with torch.no_grad(): return supervise.query(supervise._noise(case.cfg.batch_size, torch.Generator(case.device).manual_seed(step)))
-        self.ahead = Ahead(make, _lanes(self.job)[1], sys.maxsize).__enter__()
+        super().__init__(case)
+        self.g = torch.Generator(case.device).manual_seed(0)
 
     def step(self):
-        self.ahead(self.done)
-        self.done += 1
-
-    def settle(self): self.ahead.settle()
-
-    def close(self):
-        self.ahead.__exit__()
-        super().close()
+        supervise = self.job.supervise
+        with torch.no_grad(): supervise.query(supervise._noise(self.case.cfg.batch_size, self.g))
 
 LOOPS["query"] = Query
 
@@ -307,7 +285,7 @@ def benchmark(name, turns=7, threads=None, **options):
 
     `ratio`: how many times faster, the median over `turns`, of which `ratio_low` and `ratio_high` are the 10 % and 90 % quantiles. `images_per_s`:
     noise images, the pool's counted. `roofline_fraction`: the time that the step's FLOPs would take at `gemm_rates`, each in the precision that was
-    used, over the time it took (by Winograd's algorithm, which needs fewer, it may be above 1). `options`: of `Case`.
+    used, over the time it took. `options`: of `Case`.
     """
     case = Case(name, **options)
     precision = {"teacher": pick_teacher_precision(case.cfg.precision, case.device), "student": pick_student_precision(case.cfg.precision, case.device, case.shape)}
@@ -331,7 +309,6 @@ class BenchmarkParameters(Config):
     threads: Optional[int] = Field(None, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
-    winograd: bool | Literal["auto"] = "auto"
     device: Annotated[str, BeforeValidator(_device)] = "auto"
     machine: Optional[str] = Field(None, pattern="^[A-Za-z0-9_.-]+$")
 
@@ -343,7 +320,7 @@ class BenchmarkParameters(Config):
 
     def run_name(self): return f"benchmark-{self.machine}" if self.machine else "benchmark"
 
-    def options(self): return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "compile", "winograd", "device")}
+    def options(self): return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "compile", "device")}
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m nskd.benchmark", description="Ours against the plain loop.")
@@ -353,10 +330,8 @@ def main(arguments=None):
         parser.add_argument(f"--{option}", type=kind, default=default)
     for option in ("batch-size", "threads"): parser.add_argument(f"--{option}", type=int)
     parser.add_argument("--compile", action="store_true", help="compile our networks first (nskd.compiled)")
-    parser.add_argument("--no-winograd", action="store_true", help="PyTorch's convolutions everywhere (nskd.winograd)")
     a = parser.parse_args(arguments)
-    try: found = benchmark(a.case, a.turns, a.threads, device=a.device, norm=a.norm, precision=a.precision, k=a.k, batch_size=a.batch_size, compile=a.compile,
-                            winograd=False if a.no_winograd else "auto")
+    try: found = benchmark(a.case, a.turns, a.threads, device=a.device, norm=a.norm, precision=a.precision, k=a.k, batch_size=a.batch_size, compile=a.compile)
     except (ValueError, RuntimeError) as e: sys.exit(f"error: {first_line(e)}")
     print(json.dumps(found) if a.json else _told(found))
 

@@ -327,10 +327,3 @@ def channel_mismatches(a, b):
 def activation_mismatch(a, b):
     "Mean of `channel_mismatches` over channels: one number, about 0 … 1."
     return float(channel_mismatches(a, b).mean())
-
-# %% ../nbs/13_diagnostics.ipynb #1ec23ab2
-def __getattr__(name):
-    # preflight builds on this module, so it can't be imported at the top
-    if name != "preflight": raise AttributeError(f"module 'nskd.diagnostics' has no attribute {name!r}")
-    from nskd.preflight import preflight
-    return preflight

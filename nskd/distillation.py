@@ -8,7 +8,6 @@ __all__ = ['Alpha', 'Schedule', 'OPTIMISERS', 'DistillConfig', 'ledger_of', 'ste
 
 # %% ../nbs/09_distillation.ipynb #e082e361
 import copy, hashlib, json, math, time, warnings
-from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,22 +19,19 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from tqdm import tqdm
 
-from .ahead import Ahead, layout
 from .checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
-from .compiled import compiled, pays_back
+from .compiled import compiled
 from .config import Config, first_line
-from .machine import DTYPES, autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, threads, wait
+from .machine import autocast, deterministic, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, wait
 from .diagnostics import pick_alpha
 from .evaluation import evaluate_modes
 from .losses import kd_loss, luminet_loss, pseudo_label_loss
 from .norms import _check_alpha, bn_mode, quick_group_norms, resolve_teacher_mode, teacher_context
 from .parallel import check_rows, current, over_processes, sum_gradients
-from .runs import (MADE_BY, code_key, file_sha256, finished_record, held, lasting, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
+from .runs import (code_key, file_sha256, finished_record, held, load_tensors, make_ledger, provenance, read_json, save_tensors, tensors_key,
                        write_bytes, write_json)
 from .samplers import BalancedPool, create_sampler
-from .small_maps import quick_on_small_maps
 from .teachers import train_teacher
-from .winograd import LEAST_GAIN, by_winograd, pick_winograd
 
 _all_ = ["train_teacher"]                     # teacher and student in one import
 
@@ -59,13 +55,9 @@ class DistillConfig(Config):
     after `plateau_patience` evaluations without a lower *distillation* loss (torch's own defaults; a run with no more
     evaluations than that keeps its rate); `plateau_on_test_accuracy` looks at test labels instead, as earlier public code does. `budget_seconds`: stop at a checkpoint after so long, to be continued.
     `precision`: "auto" trains in bf16 on a GPU, on a CPU in fp32 or, where images have 24×24 pixels or more and it is faster in bf16 (`nskd.machine`), in that, and asks the teacher in bf16 wherever the device is faster so.
-    What follows is not the paper's; `nskd.recipes` says what it is worth. `k_end`, `batch_end`: k and batch size change linearly over the run, from
-    `k` and `batch_size` to these. `prefilter`: the student labels the pool for rejection sampling (in CS mode), and the teacher is asked about the kept
-    batch alone. `optimiser`: with torch's own settings; "sgd" has Nesterov momentum 0.9. `warmup`: share of the steps over which the rate rises from 0.
+    What follows is not the paper's; `nskd.recipes` says what it is worth. `warmup`: share of the steps over which the rate rises from 0.
     `average`: decay of an exponential average of the student's weights (timm's, which begins with a shorter one), which is what is judged and returned.
-    `compile`: have `torch.compile` make teacher and student faster (`nskd.compiled`), which rounds otherwise; "auto": on a GPU, where it ends this run sooner by a trial.
-    `winograd`: compute 3×3 convolutions with fewer multiplications (`nskd.winograd`), which rounds otherwise, on a CPU; "auto": those that are faster so, by a trial, where images have 24×24 pixels or more and there are 50 steps or more.
-    `checkpoint_part_mb`: write checkpoints in files of at most so many MB (10⁶ bytes), for places that move no larger ones.
+    `compile`: have `torch.compile` make teacher and student faster (`nskd.compiled`), which changes the rounding.
     """
     sampler: str = "gaussian"
     teacher_mode: Literal["auto", "rs", "cs", "aligned"] = "auto"
@@ -75,7 +67,7 @@ class DistillConfig(Config):
     tau: float = Field(1.0, gt=0)
     scale_by_tau2: bool = False
     lr: float = Field(1e-3, gt=0)
-    optimiser: Literal["adam", "adamw", "nadam", "sgd"] = "adam"
+    optimiser: Literal["adam", "adamw"] = "adam"
     warmup: float = Field(0.0, ge=0, lt=1)
     average: Optional[float] = Field(None, gt=0, lt=1)
     schedule: Schedule = "plateau"
@@ -83,9 +75,6 @@ class DistillConfig(Config):
     plateau_patience: int = Field(10, ge=0)
     steps: int = Field(800, ge=1)
     batch_size: int = Field(256, ge=2)
-    k_end: Optional[int] = Field(None, ge=1)
-    batch_end: Optional[int] = Field(None, ge=2)
-    prefilter: bool = False
     requery: bool = True
     joint_pool: bool = False
     pool_size: Optional[int] = Field(None, ge=2)
@@ -94,11 +83,9 @@ class DistillConfig(Config):
     seed: int = Field(0, ge=0)
     eval_every: int = Field(100, ge=1)
     checkpoint_every: int = Field(100, ge=1)
-    checkpoint_part_mb: Optional[float] = Field(None, ge=0.01)
     budget_seconds: Optional[float] = Field(None, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool | Literal["auto"] = False
-    winograd: bool | Literal["auto"] = "auto"
+    compile: bool = False
     device: str = "auto"
 
     @model_validator(mode="after")
@@ -107,47 +94,24 @@ class DistillConfig(Config):
         if self.target_contexts and self.mixup: raise ValueError("target_contexts keeps one target for each input, and mixup makes new inputs in every step: mixup must be False")
         return self
 
-    @model_validator(mode="after")
-    def _pool(self):
-        if self.pool_size and self.k_end: raise ValueError("a fixed pool is made once, with one k: k_end must be None")
-        if not self.prefilter: return self
-        if self.pool_size or not self.requery or max(self.k, self.k_end or 1) == 1:
-            raise ValueError("with prefilter the student labels a pool of fresh noise, and the teacher is asked about what is kept: it needs k from 2 up, requery, and no pool_size")
-        return self
-
-    @model_validator(mode="after")
-    def _compile(self):
-        if self.compile is True and self.winograd is True: raise ValueError("compile and winograd are two ways to make convolutions faster: only one of them can be True")
-        if self.compile is True and not self.one_size: raise ValueError("every size of a batch is compiled anew: with compile, batch_end must be None, and so must k_end with joint_pool")
-        return self
-
-    @property
-    def one_size(self):
-        "Whether the networks see batches of the same sizes in all steps."
-        return self.batch_end is None and not (self.joint_pool and self.k_end)
-
-    def k_at(self, step): return self._between(self.k, self.k_end, step)
-
-    def batch_at(self, step): return self._between(self.batch_size, self.batch_end, step)
-
-    def _between(self, start, end, step): return start if end is None or self.steps == 1 else round(start + (end - start) * step / (self.steps - 1))
-
     def share_of_rate(self, step):
         "What schedule and warm-up leave of the learning rate in `step`, 0 to 1; a plateau's cuts come on top."
         left = {"cosine": 0.5 * (1 + math.cos(math.pi * step / self.steps)), "linear": 1 - step / self.steps}.get(self.schedule, 1.0)
         return left * min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
 
-    def asks(self, k):
-        "Batches that the teacher is asked about in a step with `k`."
+    @property
+    def asks(self):
+        "Batches that the teacher is asked about in a step."
         if self.pool_size: return 0 if self.target_contexts else 1
-        return 1 if k == 1 or self.prefilter else k + self.requery
+        return 1 if self.k == 1 else self.k + self.requery
 
-    def images(self, step):
-        "Noise images drawn in `step`, or, from a fixed pool, used."
-        return self.batch_at(step) * (1 if self.pool_size else self.k_at(step))
+    @property
+    def images(self):
+        "Noise images drawn in a step, or, from a fixed pool, used."
+        return self.batch_size * (1 if self.pool_size else self.k)
 
 # how a run is stored and for how long it may work has no part in what it computes
-_NOT_IDENTITY = ("budget_seconds", "checkpoint_every", "checkpoint_part_mb")
+_NOT_IDENTITY = ("budget_seconds", "checkpoint_every")
 
 # %% ../nbs/09_distillation.ipynb #98e91f2c
 def ledger_of(cfg, sampler_uses_data=""):
@@ -168,16 +132,13 @@ class Supervisor:
     """One batch of noise and the teacher's answers a call: `inputs (B, C, H, W), logits (B, classes)`.
 
     `teacher` must be in its mode already (`teacher_context`). `draw`: a sampler. `tally`: class counts since they
-    were last reset, float64 (classes,) each. `make` is the same without a change of anything, so that it may run in any thread
-    once the fixed pool, if there is one, is there (`prepare`): its third value is for `count`. `step`: which one it is, where k or the
-    batch size change. `asks`: teacher batches a step. `student`: who labels the pool with `prefilter`.
+    were last reset, float64 (classes,) each.
     """
-    def __init__(self, teacher, draw, cfg, num_classes, device, student=None):
-        self.teacher, self.draw, self.cfg, self.num_classes, self.device, self.student = teacher, draw, cfg, num_classes, device, student
+    def __init__(self, teacher, draw, cfg, num_classes, device):
+        self.teacher, self.draw, self.cfg, self.num_classes, self.device = teacher, draw, cfg, num_classes, device
         self.ask = teacher                         # or the same, compiled
         self.fixed = self.targets = None           # the fixed pool, and its cached targets
         self.count_pool = True                     # a resumed run's tally has the pool already
-        self.abandoned = False                     # ends what other threads are making
         self.reset()
 
     def reset(self): self.tally = self._zeros()
@@ -195,44 +156,36 @@ class Supervisor:
     def count(self, seen):
         for name, counts in seen.items(): self.tally[name] += counts
 
-    def __call__(self, g, step=0):
-        x, z, seen = self.make(g, step)
+    def __call__(self, g):
+        x, z, seen = self.make(g)
         self.count(seen)
         return x, z
 
     @torch.no_grad()
-    def make(self, g, step=0):
+    def make(self, g):
+        "As a call, without a change of the tally: the third value is for `count`."
         self.prepare()
-        seen, k, size = self._zeros(), self.cfg.k_at(step), self.cfg.batch_at(step)
-        if self.cfg.pool_size: x, z = self._from_fixed_pool(g, size)
-        elif k == 1: x, z = self._noise(size, g), None
-        else: x, z = self._balanced(g, k, size, seen)
+        seen = self._zeros()
+        if self.cfg.pool_size: x, z = self._from_fixed_pool(g)
+        elif self.cfg.k == 1: x, z = self._noise(self.cfg.batch_size, g), None
+        else: x, z = self._balanced(g, seen)
         if z is None or (self.cfg.requery and self.targets is None): z = self.query(x)
         self._see(seen, "targets", z)
         return x, z, seen
 
-    @property
-    def asks(self):
-        return self.cfg.asks(max(self.cfg.k, self.cfg.k_end or 1))
-
     def query(self, x):
-        if self.abandoned: raise CancelledError("nobody waits for this batch any more")
         with autocast(self.device, pick_teacher_precision(self.cfg.precision, self.device)): return over_processes(self.ask, x).to(torch.float32, copy=True)
-
-    def _first_labels(self, x):
-        "Logits that the pool is balanced by: the teacher's, or with `prefilter` the student's in CS mode."
-        if not self.cfg.prefilter: return self.query(x)
-        with bn_mode(self.student, "cs"), autocast(self.device, pick_teacher_precision(self.cfg.precision, self.device)): return over_processes(self.student, x).float()
 
     def _noise(self, n, g): return self.draw(n, generator=g, device=self.device).contiguous(memory_format=torch.channels_last)
 
-    def _balanced(self, g, k, size, seen):
-        "k chunks of `size` labelled, the fairest batch of them kept; memory does not grow with k unless `joint_pool`."
+    def _balanced(self, g, seen):
+        "k batches of noise labelled, the fairest batch of them kept; memory does not grow with k unless `joint_pool`."
+        k, size = self.cfg.k, self.cfg.batch_size
         pool = BalancedPool(size, self.num_classes, generator=g, device=self.device)
         chunk = size * k if self.cfg.joint_pool else size
         for _ in range(size * k // chunk):
             x = self._noise(chunk, g)
-            z = self._first_labels(x)
+            z = self.query(x)
             pool.add(x, z.argmax(1), z)
             self._see(seen, "pool", z)
         self._see(seen, "kept", pool.extra)
@@ -245,9 +198,9 @@ class Supervisor:
             self.fixed = self._build_pool()
             if self.cfg.target_contexts: self.targets = self._average_answers(self.fixed)
 
-    def _from_fixed_pool(self, g, size):
+    def _from_fixed_pool(self, g):
         "A batch of the fixed pool, and its cached targets or None."
-        idx = torch.randint(len(self.fixed), (size,), generator=g, device=self.device)
+        idx = torch.randint(len(self.fixed), (self.cfg.batch_size,), generator=g, device=self.device)
         x, z = self.fixed[idx], None if self.targets is None else self.targets[idx]
         if not self.cfg.mixup: return x, z
         weight = torch.rand(len(x), 1, 1, 1, generator=g, device=self.device)
@@ -287,8 +240,7 @@ def _loss(z_s, z_t, cfg):
     if cfg.loss == "luminet": return luminet_loss(z_s, z_t, cfg.tau, "released", check=False) * (cfg.tau ** 2 if cfg.scale_by_tau2 else 1)
     return pseudo_label_loss(z_s, z_t)
 
-OPTIMISERS = {"adam": partial(torch.optim.Adam, fused=True), "adamw": partial(torch.optim.AdamW, fused=True), "nadam": partial(torch.optim.NAdam, foreach=True),
-              "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True, fused=True)}
+OPTIMISERS = {"adam": partial(torch.optim.Adam, fused=True), "adamw": partial(torch.optim.AdamW, fused=True)}
 
 def _average_of(student, decay):
     import nskd.vision                             # before timm, which imports torchvision
@@ -300,10 +252,8 @@ class _Job:
     def __init__(self, teacher, student, cfg, draw, test_data, recal_images, num_classes, device):
         self.teacher, self.student, self.cfg, self.device = teacher, student, cfg, device
         self.test_data, self.recal_images = test_data, recal_images
-        self.supervise = Supervisor(teacher, draw, cfg, num_classes, device, student)
-        self.batch = self.make_batch               # or one that makes them ahead
-        self.learn, self.compiled = student, None  # or the same, compiled; None: not decided yet
-        self.winograd = None                       # names of both networks' convolutions; None: not decided yet
+        self.supervise = Supervisor(teacher, draw, cfg, num_classes, device)
+        self.learn = student                       # or the same, compiled
         self.opt = OPTIMISERS[cfg.optimiser](student.parameters(), cfg.lr)
         self.average = _average_of(student, cfg.average) if cfg.average else None
         on_accuracy = cfg.schedule == "plateau_on_test_accuracy"
@@ -321,13 +271,13 @@ class _Job:
 
     def student_precision(self): return autocast(self.device, pick_student_precision(self.cfg.precision, self.device, self.supervise.draw.shape))
 
-    def make_batch(self, step): return self.supervise.make(torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, step)), step)
+    def make_batch(self, step): return self.supervise.make(torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, step)))
 
     def look(self):
         "Inputs, the teacher's and the student's logits, and the loss of the step that comes next."
         cfg = self.cfg
         torch.manual_seed(step_seed(cfg.seed, f"{self.step}/student"))       # what the student draws itself: dropout
-        x, z_t, seen = self.batch(self.step)
+        x, z_t, seen = self.make_batch(self.step)
         self.supervise.count(seen)
         with self.student_precision(): z_s = over_processes(self.learn, x)
         return x, z_t, z_s, _loss(z_s, z_t, cfg)
@@ -382,7 +332,7 @@ class _Job:
 
     def _row(self, seconds):
         cfg = self.cfg
-        row = {"step": self.step, "images_seen": sum(map(cfg.images, range(self.step)))}
+        row = {"step": self.step, "images_seen": cfg.images * self.step}
         row |= {"loss": float(self.loss_sum) / max(1, self.loss_count), "lr": self.opt.param_groups[0]["lr"], "seconds": round(seconds, 3)}
         if self.test_data is not None:
             row |= {f"accuracy_{m}": a for m, a in evaluate_modes(self.learnt, *self.test_data, recal_images=self.recal_images).items()}
@@ -408,7 +358,7 @@ class _Job:
 
     def meta(self):
         return {"step": self.step, "seconds": self.seconds, "history": self.history, "best": self.best, "loss_count": self.loss_count,
-                "lr": self.lr, "compiled": self.compiled, "winograd": self.winograd, "plateau": {k: v for k, v in self.plateau.state_dict().items() if k in ("best", "num_bad_epochs", "last_epoch")}}
+                "lr": self.lr, "plateau": {k: v for k, v in self.plateau.state_dict().items() if k in ("best", "num_bad_epochs", "last_epoch")}}
 
     def restore(self, tensors, meta):
         part = lambda name: {k.removeprefix(f"{name}/"): v.to(self.device) for k, v in tensors.items() if k.startswith(f"{name}/")}
@@ -420,8 +370,6 @@ class _Job:
         if self.average: self.average.module.load_state_dict(part("average"))
         self.plateau.load_state_dict(meta["plateau"])
         for name in ("step", "seconds", "history", "best", "loss_count", "lr"): setattr(self, name, meta[name])
-        # a checkpoint of before there was a choice has none
-        self.compiled, self.winograd = meta.get("compiled", False), meta.get("winograd") or _NO_WINOGRAD
 
 # %% ../nbs/09_distillation.ipynb #f8b0a7bb
 def _input_shape(teacher, student, sampler, test_data):
@@ -472,12 +420,10 @@ class DistillResult:
     best_state: dict = field(default_factory=dict, repr=False)
     alpha: Optional[float] = None              # of batch alignment; None where nothing was aligned
     step: int = 0                              # steps taken
-    compiled: bool = False                     # whether the networks were, see `DistillConfig.compile`
-    winograd: int = 0                          # convolutions of both networks that were computed so, see `DistillConfig.winograd`
 
     def summary(self):
         "A JSON-like dict of everything but weights and history."
-        return {k: getattr(self, k) for k in ("state", "accuracy", "best", "seconds", "ledger", "alpha", "compiled", "winograd")} | {"steps": int(self.history["step"].max()) if len(self.history) else 0}
+        return {k: getattr(self, k) for k in ("state", "accuracy", "best", "seconds", "ledger", "alpha")} | {"steps": int(self.history["step"].max()) if len(self.history) else 0}
 
 def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler=None, recal_images=None, progress=True, desc=None):
     """Train `student` to match `teacher` on noise, by `cfg` (a `DistillConfig`); the student is trained in place.
@@ -505,7 +451,6 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
 def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     "The checked job, and all that its result depends on."
     device = pick_device(cfg.device)
-    if cfg.winograd is True and device.type != "cpu": raise ValueError("winograd is for a CPU, a GPU's library chooses its algorithms by itself: set it to \"auto\" or False")
     if device.type == "cpu": keep_freed_memory()
     shape = _input_shape(teacher, student, sampler, test_data)
     draw = sampler or create_sampler(cfg.sampler, shape)
@@ -514,11 +459,10 @@ def _prepare(teacher, student, cfg, test_data, sampler, recal_images):
     student.to(device, memory_format=torch.channels_last)
     num_classes = _num_classes(frozen, student, shape, device)
     _check_test_data(test_data, recal_images, shape, num_classes, cfg)
-    if cfg.compile is True and current().size > 1: raise ValueError("what several processes share can't be compiled: with compile, start one process")
-    check_rows(min(cfg.batch_size, cfg.batch_end or cfg.batch_size, cfg.pool_size or cfg.batch_size))
+    if cfg.compile and current().size > 1: raise ValueError("what several processes share can't be compiled: with compile, start one process")
+    check_rows(min(cfg.batch_size, cfg.pool_size or cfg.batch_size))
     cfg = _with_alpha(cfg, frozen, draw, device)
     if pick_teacher_precision(cfg.precision, device) == "bf16": round_weights(frozen)
-    if device.type == "cpu": quick_on_small_maps(frozen)
     if cfg.batch_size < num_classes:
         warnings.warn(f"a batch of {cfg.batch_size} can't hold all {num_classes} classes: rejection sampling balances over steps only", stacklevel=3)
     if test_data is not None: test_data = tuple(t.to(device) for t in test_data)
@@ -533,7 +477,7 @@ def _with_alpha(cfg, teacher, draw, device):
     return cfg.replace(alpha=current().on_first(lambda: pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g)))
 
 # what a run depends on besides its networks and images: begun with another version it is another run
-_CODE = ("ahead", "compiled", "config", "machine", "norms", "samplers", "small_maps", "winograd", "losses", "evaluation", "checkpoints", "parallel", "distillation")
+_CODE = ("compiled", "config", "machine", "norms", "samplers", "losses", "evaluation", "checkpoints", "parallel", "distillation")
 
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."
@@ -547,97 +491,19 @@ def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
 
 # %% ../nbs/09_distillation.ipynb #e33ce99b
 @contextmanager
-def _at_work(job, ahead=True):
-    "The teacher in its mode, the student in training mode, batches made ahead where that helps, and random states that are given back."
+def _at_work(job):
+    "The teacher in its mode, the student in training mode, and random states that are given back."
     job.student.train()
     devices = [job.device] if job.device.type == "cuda" else []
-    with (teacher_context(job.teacher, job.cfg.teacher_mode, job.cfg.alpha), torch.random.fork_rng(devices=devices), deterministic(job.device),
-          _compiled(job), _by_winograd(job), _working_ahead(job) if ahead else nullcontext()): yield
+    with (teacher_context(job.teacher, job.cfg.teacher_mode, job.cfg.alpha), torch.random.fork_rng(devices=devices), deterministic(job.device), _compiled(job)): yield
 
 # %% ../nbs/09_distillation.ipynb #2efa9bdd
 @contextmanager
 def _compiled(job):
-    "Both networks compiled, where that was asked for or pays; a run that has begun keeps to what it began with."
-    quick = None
-    if job.compiled is None:
-        if job.cfg.compile == "auto": quick = _pays(job)
-        job.compiled = bool(quick) or job.cfg.compile is True
-    if job.compiled: job.supervise.ask, job.learn = quick or _quick(job)
+    "Both networks compiled, where that was asked for."
+    if job.cfg.compile: job.supervise.ask, job.learn = compiled(job.teacher), compiled(job.student)
     try: yield
     finally: job.supervise.ask, job.learn = job.teacher, job.student
-
-def _is_worth_a_trial(job):
-    # every size is compiled anew, processes share their batches by what can't be compiled, and a CPU never gained (measured)
-    return job.cfg.one_size and current().size == 1 and job.device.type == "cuda"
-
-def _quick(job): return compiled(job.teacher), compiled(job.student)
-
-def _pays(job):
-    "The compiled networks, where they end this run sooner, or None."
-    if not _is_worth_a_trial(job): return None
-    quick = _quick(job)
-    cfg, supervise = job.cfg, job.supervise
-    parts = [p for p in job.student.parameters() if p.requires_grad]
-    x, before = supervise._noise(cfg.batch_size, None), {name: b.clone() for name, b in job.student.named_buffers()}
-    def work(ask, learn):
-        supervise.ask = ask
-        with torch.no_grad():
-            for _ in range(max(1, cfg.asks(cfg.k))): z = supervise.query(x)
-        with job.student_precision(): z_s = learn(x)
-        torch.autograd.grad(_loss(z_s, z, cfg), parts, allow_unused=True)
-    about = f"{job.teacher}\n{job.student}\n{supervise.draw.shape} {cfg.batch_size} {cfg.asks(cfg.k)} {cfg.loss} {cfg.precision} {resolve_teacher_mode(job.teacher, cfg.teacher_mode)}"
-    try: return quick if pays_back(lambda: work(job.teacher, job.student), lambda: work(*quick), cfg.steps - job.step, about, job.device, cfg.budget_seconds) else None
-    except (ValueError, torch.OutOfMemoryError): return None                # it can't be compiled, or both ways together are too large
-    finally:
-        supervise.ask = job.teacher
-        for name, b in job.student.named_buffers(): b.copy_(before[name])
-
-# %% ../nbs/09_distillation.ipynb #0ab834f4
-_NO_WINOGRAD = {"teacher": [], "student": []}
-_WORTH_A_TRIAL = 50            # steps; a trial takes as long as some five
-
-@contextmanager
-def _by_winograd(job):
-    "Convolutions by `nskd.winograd`, where that was asked for or pays; a run that has begun keeps to what it began with."
-    if job.winograd is None: job.winograd = current().on_first(lambda: _pick_winograd(job))
-    with by_winograd(job.teacher, job.winograd["teacher"], frozen=True), by_winograd(job.student, job.winograd["student"]): yield
-
-def _pick_winograd(job):
-    cfg, shape = job.cfg, job.supervise.draw.shape
-    if job.device.type != "cpu" or job.compiled or not cfg.winograd or (cfg.winograd == "auto" and (is_small(shape) or cfg.steps < _WORTH_A_TRIAL)): return _NO_WINOGRAD
-    x, least = torch.zeros(2, *shape), 0.0 if cfg.winograd is True else LEAST_GAIN
-    precisions = {"teacher": pick_teacher_precision(cfg.precision, job.device), "student": pick_student_precision(cfg.precision, job.device, shape)}
-    def pick(who, p):
-        # a teacher's weights may be rounded to bfloat16 already, and take other inputs under autocast alone
-        with autocast(job.device, p): return pick_winograd(getattr(job, who), x, who == "student", DTYPES[p], cfg.batch_size, least)
-    with teacher_context(job.student, "rs"): return {who: pick(who, p) for who, p in precisions.items()}
-
-# %% ../nbs/09_distillation.ipynb #69c224ec
-@contextmanager
-def _working_ahead(job):
-    "Batches of the next steps made by threads of their own: on a CPU, in one process, where only the step's own generator is drawn from."
-    job.supervise.prepare()
-    student, lanes = _lanes(job)
-    if lanes:
-        try:
-            with threads(student), Ahead(job.make_batch, lanes, job.cfg.steps) as job.batch:
-                try: yield
-                finally: job.batch, job.supervise.abandoned = job.make_batch, True
-        finally: job.supervise.abandoned = False
-    else: yield
-
-def _lanes(job):
-    "Threads for the student, and lanes for the batches ahead, 0 where they would not be free or not help."
-    student, lanes = layout(job.supervise.asks, torch.get_num_threads())
-    # free of the student, of what is compiled (for one thread after the other), a GPU's queue, and other processes; and large images keep all threads busy in every operation (measured at 32x32)
-    free = not job.cfg.prefilter and not job.compiled and is_small(job.supervise.draw.shape) and job.device.type == "cpu" and current().size == 1
-    return student, lanes if free and lanes and not _draws_elsewhere(job.supervise) else 0
-
-def _draws_elsewhere(supervise):
-    "Whether sampler or teacher draw from PyTorch's global generator, whose order threads would change."
-    before = torch.get_rng_state()
-    with torch.no_grad(): supervise.query(supervise._noise(2, torch.Generator()))
-    return not torch.equal(before, torch.get_rng_state())
 
 # %% ../nbs/09_distillation.ipynb #fed9c32a
 def _run(job, store, progress, desc):
@@ -673,7 +539,7 @@ class _Store:
         self.group, self.kept = current(), bool(run_dir)
         self.dir, self.identity, self.written = Path(run_dir) if run_dir and self.group.first else None, identity, False
         self.group.on_first(self._check_folder)
-        self.checkpoints = self.dir and Checkpoints(self.dir, cfg.checkpoint_part_mb)
+        self.checkpoints = self.dir and Checkpoints(self.dir)
         self.left = None                           # the student's weights in the newest checkpoint
         self.record = None                         # of a finished run, once looked at
 
@@ -693,9 +559,7 @@ class _Store:
         there = read_json(self.dir / "distill.json")
         if self.identity["student"] != there.get("student") and self.identity["student"] in self._students_left(): self.identity = {**self.identity, "student": there.get("student")}
         for k, here in json.loads(json.dumps(self.identity)).items():
-            if k == "code" and there.get(k) != here and not lasting(): raise ValueError(f"{self.dir} holds a run of another version of nskd, whose numbers may be others: choose another run_dir, or delete that one")
-            # a lasting run may have been begun by another version, and before a field was there
-            if lasting() and (k in MADE_BY or k not in there): continue
+            if k == "code" and there.get(k) != here: raise ValueError(f"{self.dir} holds a run of another version of nskd, whose numbers may be others: choose another run_dir, or delete that one")
             if there.get(k) != here:
                 raise ValueError(f"{self.dir} holds a run with another {k} ({there.get(k)!r} there, {here!r} here): choose another run_dir, or delete that one")
 
@@ -717,7 +581,6 @@ class _Store:
         job.student.load_state_dict(load_tensors(self.dir / "student.safetensors"))
         job.best_state = load_tensors(self.dir / "best.safetensors")
         job.history, job.best, job.seconds, job.step, self.written = record["history"], record["best"], record["seconds"], job.cfg.steps, True
-        job.compiled, job.winograd = record.get("compiled", False), record.get("by_winograd") or _NO_WINOGRAD
         return "finished"
 
     def resume(self, job):
@@ -765,8 +628,7 @@ class _Store:
         accuracy = {m: last[f"accuracy_{m}"] for m in ("cs", "rs", "recal")} if judged and last else {}
         best = dict(job.best or {})
         if judged and best: best["accuracy"] = {m: best[f"accuracy_{m}"] for m in ("cs", "rs", "recal")}
-        result = DistillResult(job.student.eval(), history, accuracy, best, state, ledger, round(job.seconds, 3), self.dir, job.best_state, self.identity["alpha"],
-                               job.step, bool(job.compiled), sum(map(len, (job.winograd or {}).values())))
+        result = DistillResult(job.student.eval(), history, accuracy, best, state, ledger, round(job.seconds, 3), self.dir, job.best_state, self.identity["alpha"], job.step)
         self.group.on_first(lambda: self._finish(job, result) if self.dir and state == "finished" and not self.written else None)
         return result
 
@@ -776,7 +638,7 @@ class _Store:
         write_bytes(self.dir / "history.csv", result.history.to_csv(index=False).encode())
         write_json(self.dir / "ledger.json", result.ledger)
         sums = {f: file_sha256(self.dir / f) for f in ("student.safetensors", "best.safetensors")}
-        write_json(self.dir / "result.json", {**result.summary(), "history": job.history, "best": job.best, "by_winograd": job.winograd, "sha256": sums,
+        write_json(self.dir / "result.json", {**result.summary(), "history": job.history, "best": job.best, "sha256": sums,
                                               "provenance": {**provenance(job.device), "processes": self.group.size}})
         self.checkpoints.clear()
 

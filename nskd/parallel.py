@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Group', 'current', 'processes', 'over_processes', 'check_rows', 'sum_gradients', 'sharing', 'whole_moments',
-           'distil_from_file', 'main', 'ProcessLost']
+           'distil_from_file', 'main']
 
 # %% ../nbs/22_parallel.ipynb #650116bc
 import os, pickle, sys
@@ -16,28 +16,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .watch import ProcessLost, Watch, is_local
-
-_all_ = ["ProcessLost"]
 
 # %% ../nbs/22_parallel.ipynb #87245c2f
 class Group:
     "The processes of a job: this one's `rank`, 0 … `size` - 1. By default one process, alone."
-    def __init__(self, rank=0, size=1, watch=None): self.rank, self.size, self.watch = rank, size, watch
+    def __init__(self, rank=0, size=1): self.rank, self.size = rank, size
 
     @property
     def first(self): return self.rank == 0
 
     def sum(self, t):
         "Add the tensors `t` of all processes, in place; the same bits on each."
-        if self.size > 1: self._together(dist.all_reduce, t)
+        if self.size > 1: dist.all_reduce(t)
         return t
 
     def gather(self, value):
         "The `value` of every process, a list by rank."
         if self.size == 1: return [value]
         found = [None] * self.size
-        self._together(dist.all_gather_object, found, value)
+        dist.all_gather_object(found, value)
         return found
 
     def on_first(self, work):
@@ -46,9 +43,8 @@ class Group:
         said = [None, None]
         if self.first:
             try: said[0] = work()
-            except ProcessLost: raise
             except Exception as e: said[1] = _sendable(e)
-        self._together(dist.broadcast_object_list, said, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
         if said[1] is not None: raise said[1]
         return said[0]
 
@@ -67,10 +63,6 @@ class Group:
                 if there[name] != value:
                     raise ValueError(f"process {rank} has another {name} than process 0 ({there[name]!r} there, {value!r} here): all must be given the same")
 
-    def _together(self, call, *args, **kw):
-        "A call that needs all processes. When one is lost, say which."
-        try: call(*args, **kw)
-        except RuntimeError as e: raise (self.watch.who() or e) from e
 
 def _sendable(error):
     try:
@@ -89,38 +81,29 @@ def current():
 def processes(timeout=3600.0):
     """Join the processes that torchrun started (on a GPU each where there are GPUs); yields the `Group`. Without torchrun: one, alone.
 
-    Leaving waits for all. When a process is killed or fails, the others raise `ProcessLost`, or are ended after a few seconds where
-    they can't. `timeout`: seconds to wait for a process that lives and does not answer. ValueError for more processes than GPUs.
+    Leaving waits for all. When a process is killed or fails, torchrun ends the others and names it. `timeout`: seconds to wait for a
+    process that doesn't answer. ValueError for more processes than GPUs.
     """
     global _group
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield _group
         return
     _group = _join(timeout)
-    watch = _group.watch
     try:
         yield _group
         _group.sum(torch.zeros(()))
-    except ProcessLost:
-        watch.over.set()
-        watch.say()
-        raise
-    except BaseException as e:
-        watch.failed(e)
-        raise
     finally: _group = Group()
-    watch.done()
     dist.destroy_process_group()
 
 def _join(timeout):
     "The group of torchrun's environment variables."
     host, backend = os.environ["MASTER_ADDR"], _pick_backend()
     # a machine may not know its own name, by which gloo would look for a network
-    if is_local(host) and sys.platform == "linux": os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if host in ("127.0.0.1", "localhost") and sys.platform == "linux": os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=min(timeout, 300))))
     store = dist.PrefixStore(f"nskd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    return Group(rank, size, Watch(rank, size, store, host))
+    return Group(rank, size)
 
 def _pick_backend():
     "gloo for CPU tensors, and with GPUs NCCL for theirs; this process's GPU is made the current one."
@@ -321,8 +304,7 @@ def main(words):
         return 0 if words else 2
     try:
         with processes() as group: result, p = distil_from_file(words[0], words[1:])
-    except ProcessLost: return 1                                    # the watch has said it
-    except (ValueError, OSError, ArithmeticError) as e:             # the others have the same to say, or the watch says it for this one
+    except (ValueError, OSError, ArithmeticError) as e:             # the others have the same to say
         if os.environ.get("RANK", "0") == "0": print(f"error: {e}", file=sys.stderr)
         return 1
     if group.first: _report(result, p, words)

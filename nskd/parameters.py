@@ -156,7 +156,7 @@ class DistillFields(Config):
     plateau_patience: int = Field(10, ge=0)
     eval_every: int = Field(50, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool | Literal["auto"] = False
+    compile: bool = False
 
 class DistillStudy(DistillFields, StudyParameters):
     "A study of distilled students: what all of them share."
@@ -228,7 +228,7 @@ def read_yaml(path):
 
 def tier_parameters(notebook, tier, root=None):
     "What params/<tier>/<notebook>.yaml of the repository (or of `root`) says; ValueError names the tiers that there are."
-    there = {f.parent.name: f for f in sorted(((root or repo_root()) / "params").glob(f"*/{notebook}.yaml")) if f.parent.name not in ("grid", "queue")}
+    there = {f.parent.name: f for f in sorted(((root or repo_root()) / "params").glob(f"*/{notebook}.yaml")) if f.parent.name != "grid"}
     if tier not in there: raise ValueError(unknown_name(f"tier of {notebook},", tier, there))
     return read_yaml(there[tier])
 

@@ -18,15 +18,10 @@ from .distillation import DistillConfig
 INGREDIENTS = {
     "rate": ("a larger rate", dict(lr=3e-3)),
     "linear": ("a larger rate, linear schedule with warm-up", dict(lr=3e-3, schedule="linear", warmup=0.05)),
-    "sgd": ("SGD with Nesterov momentum", dict(optimiser="sgd", lr=0.1)),
-    "nadam": ("NAdam", dict(optimiser="nadam")),
     "average": ("averaged weights", dict(average=0.99)),
     "batch": ("a quarter of the batch", dict(batch_size=64)),
-    "growing": ("a batch that grows", dict(batch_size=32, batch_end=256)),
     "no-rejection": ("no rejection sampling", dict(k=1)),
-    "late-rejection": ("k from 1 to 4", dict(k=1, k_end=4)),
     "reuse": ("answers of the pool used again", dict(requery=False)),
-    "prefilter": ("the student filters the pool", dict(prefilter=True)),
 }
 FAST = dict(k=1, batch_size=64, lr=5e-3, schedule="linear", warmup=0.05, average=0.99)
 # a step of the fast recipe costs a tenth of one of the paper's protocol, whose steps are what a table's parameters count
@@ -62,13 +57,9 @@ def flops_an_image(teacher, student, shape, batch_size=2):
 
 def run_flops(cfg, flops):
     "FLOPs of a whole run of `cfg` (a `DistillConfig`): pool, targets, training, a fixed pool and its targets included; evaluations are not."
-    total = sum(_step_flops(cfg, cfg.k_at(s), cfg.batch_at(s), flops) for s in range(cfg.steps))
+    total = cfg.steps * cfg.batch_size * (cfg.asks * flops.teacher + flops.training)
     if cfg.pool_size: total += cfg.pool_size * flops.teacher * (cfg.k + (cfg.target_contexts or 0))
     return total
-
-def _step_flops(cfg, k, size, flops):
-    filtered = k if cfg.prefilter and k > 1 else 0
-    return size * (cfg.asks(k) * flops.teacher + filtered * flops.student + flops.training)
 
 def steps_within(cfg, flops, budget):
     "How many steps of `cfg` cost at most `budget` FLOPs; ValueError where not even one does."

@@ -114,7 +114,7 @@ class PrecisionSweep(Sweep):
     steps: int = Field(400, ge=1)
     batch_size: int = Field(256, ge=2)
     lr: float = Field(1e-3, gt=0)
-    ways: Annotated[list[str], _each(("fp32", "teacher", "bf16", "winograd"), "a way")] = ["fp32", "teacher", "bf16"]
+    ways: Annotated[list[str], _each(("fp32", "teacher", "bf16"), "a way")] = ["fp32", "teacher", "bf16"]
 
     @model_validator(mode="after")
     def _reference(self):
@@ -122,8 +122,8 @@ class PrecisionSweep(Sweep):
         return self
 
     def arithmetic(self, way):
-        "What `DistillConfig` is told for `fp32`, `teacher` (the default: for small images the teacher alone in bf16, where the device can), `bf16`, and `winograd` (all convolutions that can be computed so)."
-        return {"precision": {"teacher": "auto", "winograd": "fp32"}.get(way, way), "winograd": way == "winograd"}
+        "What `DistillConfig` is told for `fp32`, `teacher` (the default: for small images the teacher alone in bf16, where the device can), and `bf16`."
+        return {"precision": {"teacher": "auto"}.get(way, way)}
 
     def run_name(self):
         "Where results go: the usual ways' to `precision`, others' beside it."
@@ -172,7 +172,7 @@ class RecipeSweep(Sweep):
     def costs(self):
         "What the recipes change, what that costs, and what they get for it: a DataFrame to look at."
         cost = lambda c: run_flops(c, self.flops) / 1e12
-        return pd.DataFrame([{"recipe": title, "changes": ", ".join(f"{k} {v}" for k, v in changes.items()) or "–", "steps": c.steps, "noise images": sum(map(c.images, range(c.steps))), "10¹² operations": round(cost(c), 2)}
+        return pd.DataFrame([{"recipe": title, "changes": ", ".join(f"{k} {v}" for k, v in changes.items()) or "–", "steps": c.steps, "noise images": c.images * c.steps, "10¹² operations": round(cost(c), 2)}
                              for (title, changes, _), c in zip(self.recipes().values(), self.configs().values())])
 
     def plan(self):
@@ -263,7 +263,7 @@ def histories(records, plan):
 def _to_come(cfg):
     "The history that a run of `cfg` will have, without results."
     steps = pd.Series(sorted({*range(cfg.eval_every, cfg.steps + 1, cfg.eval_every), cfg.steps}))
-    images = [sum(map(cfg.images, range(s))) for s in steps]
+    images = cfg.images * steps
     return pd.DataFrame({"step": steps, "images_seen": images, **dict.fromkeys(("loss", "accuracy_cs", "accuracy_rs", "accuracy_recal", "balance_targets"), np.nan)})
 
 # %% ../nbs/11c_sweeps.ipynb #a87f254d

@@ -73,7 +73,7 @@ def noise(name): return create_sampler(name, SHAPE, **dict(mean=[0.5] * 3, std=[
 def batch(draw, cfg, norm="bn", net="r18"):
     teacher = on_gpu(create_model(net, 10, 3, 32, norm=norm, width=8 if net == "r18" else None, seed=0))
     supervise = Supervisor(teacher, draw, cfg, 10, GPU)
-    with teacher_context(teacher, cfg.teacher_mode, 0.5): x, z, seen = supervise.make(torch.Generator(), 0)
+    with teacher_context(teacher, cfg.teacher_mode, 0.5): x, z, seen = supervise.make(torch.Generator())
     supervise.count(seen)
     return x, z
 
@@ -118,15 +118,15 @@ class Looks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimiser": "sgd", "schedule": "cosine"}, {"optimiser": "adamw", "average": 0.9, "warmup": 0.5}, {"loss": "luminet"},
-                                     {"loss": "pseudo_label", "prefilter": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"schedule": "cosine"}, {"optimiser": "adamw", "average": 0.9, "warmup": 0.5}, {"loss": "luminet"},
+                                     {"loss": "pseudo_label"}], ids=str)
 def test_a_student_learns_without_a_look(monkeypatch, changes):
     cfg = DistillConfig(steps=40, batch_size=16, k=2, device="cpu", **changes)
     teacher, student = (create_model("wrn16", 10, 1, 8, width=1, seed=seed) for seed in (0, 1))
     job, _ = _prepare(teacher, student, cfg, None, create_sampler("gaussian", (1, 8, 8)), None)
     check = job.check_finite
     monkeypatch.setattr(job, "check_finite", lambda: None)                          # every 50 steps on a GPU, in each here
-    with _at_work(job, ahead=False):
+    with _at_work(job):
         job.take_step()                                                             # the optimiser makes its state
         with Looks() as looks:
             for _ in range(2): job.take_step()
@@ -145,43 +145,12 @@ tiny = partial(distill, sampler=create_sampler("gaussian", (1, 8, 8)), progress=
 
 def test_compiled_networks_teach_and_learn_the_same(tmp_path):
     plain, quick = (tiny(net(8, 0), net(4, 1), TINY.replace(compile=c)) for c in (False, True))
-    assert quick.compiled and quick.summary()["compiled"] and not plain.compiled
     # Adam divides a gradient by its own size: where that is rounding, one step apart is as far as it gets
     assert quick.history.loss.tolist() == pytest.approx(plain.history.loss.tolist(), rel=1e-3)
     assert all(torch.allclose(a, b, atol=1e-2) for a, b in zip(plain.student.state_dict().values(), quick.student.state_dict().values()))
 
 
-def test_auto_is_decided_once_a_run(monkeypatch, tmp_path):
-    "By a trial that changes nothing; a run that goes on keeps to what it began with."
-    asked = []
-    def pays(eager, quick, steps, about, device, seconds):
-        eager()
-        asked.append((steps, about))
-        return True
-    def whole(teacher, student): return tiny(teacher, student, TINY.replace(compile=False))
-    monkeypatch.setattr(nskd.distillation, "pays_back", pays)
-    monkeypatch.setattr(nskd.distillation, "compiled", lambda net: lambda x: net(x))
-    monkeypatch.setattr(nskd.distillation, "_is_worth_a_trial", lambda job: True)
-    monkeypatch.setattr(nskd.distillation, "_lanes", lambda job: (torch.get_num_threads(), 0))       # as many threads for the student, compiled or not
-    student, cfg = net(4, 1), TINY.replace(compile="auto")
-    assert tiny(net(8, 0), student, cfg.replace(budget_seconds=1e-9), tmp_path).state == "unfinished"
-    assert len(asked) == 1 and asked[0][0] == 6 and "BatchNorm2d" in asked[0][1]
-    monkeypatch.setattr(nskd.distillation, "pays_back", lambda *a: pytest.fail("asked again"))
-    found = tiny(net(8, 0), student, cfg, tmp_path)
-    assert found.compiled and tiny(net(8, 0), net(4, 1), cfg, tmp_path).compiled                # finished: read from its record
-    plain = whole(net(8, 0), net(4, 1))
-    assert all(torch.equal(a, b) for a, b in zip(plain.student.state_dict().values(), found.student.state_dict().values()))
-
-
-def test_on_a_processor_auto_leaves_a_run_as_written(monkeypatch):
-    monkeypatch.setattr(nskd.distillation, "compiled", lambda net: pytest.fail("compiled"))
-    job, _ = _prepare(net(8, 0), net(4, 1), TINY.replace(compile="auto"), None, create_sampler("gaussian", (1, 8, 8)), None)
-    assert not nskd.distillation._pays(job)
-
-
 def test_what_cannot_be_compiled_is_refused_in_a_sentence(monkeypatch):
-    with pytest.raises(ValueError, match="batch_end must be None"): DistillConfig(compile=True, batch_end=64)
-    assert DistillConfig(compile="auto", batch_end=64).one_size is False
     with monkeypatch.context() as m, pytest.raises(ValueError, match="start one process"):
         m.setattr(nskd.distillation, "current", lambda: Group(0, 2))
         tiny(net(8, 0), net(4, 1), TINY.replace(compile=True))

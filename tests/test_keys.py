@@ -8,9 +8,8 @@ from nskd.experiments import distil_cell
 from nskd.parameters import Cell
 from nskd.runs import code_key
 
-# of these no code has a part in numbers (`parameters` is resolved into what a key holds; `vision` loads torchvision, whose version a key holds;
-# `watch` ends a job whose process died)
-NO_PART = {"runs", "vision", "plots", "parameters", "reporting", "preflight", "watch"}
+# of these no code has a part in numbers (`parameters` is resolved into what a key holds; `vision` loads torchvision, whose version a key holds)
+NO_PART = {"runs", "vision", "plots", "parameters", "reporting", "preflight"}
 # besides, with the reason
 ELSEWHERE = {teachers: {},
              experiments: {"experiments": "the definitions that count are named", "teachers": "a teacher's key is that of its weights; `augment` is added for real images",

@@ -88,8 +88,8 @@ def test_notebook_is_what_papermill_needs(path):
     assert not any(o["output_type"] == "error" for c in notebook["cells"] for o in c.get("outputs", []))
 
 
-# grids, queues and a profile for a cluster have checks of their own
-TIERS = sorted(p for p in (ROOT/"params").rglob("*.yaml") if p.parent.name not in ("grid", "queue", "slurm"))
+# grids and a profile for a cluster have checks of their own
+TIERS = sorted(p for p in (ROOT/"params").rglob("*.yaml") if p.parent.name not in ("grid", "slurm"))
 
 @pytest.mark.parametrize("path", TIERS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_parameter_file_names_only_what_its_notebook_has(path):

@@ -12,7 +12,7 @@ from torch import nn
 
 from nskd.checkpoints import Checkpoints
 from nskd.distillation import DistillConfig, _Job, distill
-from nskd.faults import finish, start
+from faults import finish, start
 from nskd.norms import align_batch
 from nskd.parallel import current, main, over_processes, processes, sum_gradients
 from nskd.runs import load_tensors, tensors_key
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # 26 rows: 6 and 7 for four processes. Adam turns rounding into steps of size lr where a gradient is zero, hence the small one.
 CFG = DistillConfig(steps=3, batch_size=26, k=3, eval_every=2, lr=1e-5, device="cpu", precision="fp32")
 CASES = {"bn": CFG, "aligned": CFG.replace(alpha=0.7), "pool, mixup": CFG.replace(pool_size=70, mixup=True), "reuse, joint": CFG.replace(requery=False, joint_pool=True),
-         "cached targets": CFG.replace(pool_size=70, target_contexts=2), "perlin": CFG.replace(sampler="perlin", k=1, teacher_mode="rs"), "winograd": CFG.replace(winograd=True)}
+         "cached targets": CFG.replace(pool_size=70, target_contexts=2), "perlin": CFG.replace(sampler="perlin", k=1, teacher_mode="rs")}
 LONG = CFG.replace(steps=8, checkpoint_every=2, eval_every=3, lr=1e-3)
 
 
@@ -87,9 +87,8 @@ def job(n, work, folder):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         with processes(): found = work(rank)
         torch.save(found, folder/f"{rank}.pt")
-    began = time.monotonic()
     codes = [finish(pid) for pid in [start(lambda r=r: one(r)) for r in range(n)]]
-    (folder/"job.json").write_text(json.dumps({"codes": codes, "seconds": time.monotonic() - began}))
+    (folder/"job.json").write_text(json.dumps({"codes": codes}))
 
 def long(run, harm=None, cfg=LONG):
     "A run of eight steps with `harm(rank, step)` before each."
@@ -153,7 +152,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT/'tests'}"}
     done = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True, env=env, timeout=900)
     assert done.returncode == 0, done.stderr
     return folder
@@ -206,22 +205,25 @@ def test_a_loss_that_couples_the_batch_needs_nothing_more(same, n):
     for what, one in same[1][0]["coupled"].items(): torch.testing.assert_close(same[n][0]["coupled"][what], one, atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name, lost, size", [("killed2", 1, 2), ("killed4", 1, 4), ("first", 0, 2)])
-def test_a_killed_process_ends_the_job_by_name(found, name, lost, size):
-    job = told(found/name)
-    assert job["codes"][lost] == -signal.SIGKILL and all(c not in (0, -signal.SIGKILL) for r, c in enumerate(job["codes"]) if r != lost)
-    said = words(found/name)
-    sentence = f"process {lost} of {size} was killed, or its machine is gone: the others stop too; the last checkpoint is kept"
-    assert all(sentence in text for r, text in said.items() if r != lost) and job["seconds"] < 120
-    assert sum(text.count(f"error: {sentence}") for text in said.values()) == 1
+@pytest.mark.parametrize("name, lost", [("killed2", 1), ("killed4", 1), ("first", 0)])
+def test_a_killed_process_ends_the_job_and_the_checkpoint_stays(found, name, lost):
+    codes = told(found/name)["codes"]
+    assert codes[lost] == -signal.SIGKILL and all(c not in (0, -signal.SIGKILL) for r, c in enumerate(codes) if r != lost)
     left = json.loads((found/name/"left.json").read_text())
     assert left["steps"] == [2, 4] and "result.json" not in left["files"]
 
 
 def test_a_failing_process_ends_the_job_with_its_own_words(found):
     assert told(found/"failing")["codes"] == [3, 3]
-    said = words(found/"failing")
-    assert "process 1 of 2 failed (RuntimeError: a test of failure)" in said[0] and "RuntimeError: a test of failure" in said[1]
+    assert "RuntimeError: a test of failure" in words(found/"failing")[1]
+
+
+def test_torchrun_names_a_killed_process(tmp_path):
+    (tmp_path/"die.py").write_text("import os, signal, torch\nfrom nskd.parallel import processes\nwith processes() as group:\n"
+                                   "    if group.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n    group.sum(torch.zeros(1))\n")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", tmp_path/"die.py"], env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and re.search(r"rank *: 1 .*", done.stderr) and "SIGKILL" in done.stderr
 
 
 def test_what_was_killed_goes_on_with_any_number_of_processes(found):
