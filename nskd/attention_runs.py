@@ -24,7 +24,7 @@ from .machine import pick_device
 from .experiments import note_unfinished, run_within
 from .parameters import NARROW, Names, RunParameters, Seeds
 from .models import create_model
-from .runs import cached, claim, code_key, tensors_key, versions
+from .runs import cached, claim, tensors_key
 from .reporting import interval, judge
 from .samplers import create_sampler
 from .teachers import teacher_recipe, train_teacher
@@ -80,8 +80,7 @@ def measure_attention(job, budget_seconds=None):
     """
     p, ds = job.p, load_dataset(job.p.dataset)
     net = _network(job, ds, budget_seconds)
-    config = {"model": job.model, "teacher": net.record["key"], "device": pick_device(p.device).type, "data": ds.fingerprint, "images": p.images, "bins": p.bins, "image_size": p.image_size, "seed": job.seed,
-              "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")}, "code": code_key(*_CODE)}
+    config = {"model": job.model, "teacher": net.record["key"], "device": pick_device(p.device).type, "data": ds.fingerprint, "images": p.images, "bins": p.bins, "image_size": p.image_size, "seed": job.seed}
 
     def make(directory):
         blocks, spread = [], {}
@@ -93,9 +92,6 @@ def measure_attention(job, budget_seconds=None):
 
     record = cached("attention", config, make, label=f"{job.model}-{ds.name}-{job.seed}")
     return {**record, "accuracy": net.record["accuracy"]["rs"], "seconds": net.record["seconds"]}
-
-# what a measurement depends on (its network has a key of its own)
-_CODE = ("config", "machine", "data", "image_files", "models", "norms", "parallel", "attention", "samplers", "attention_runs")
 
 def _inputs(job, ds, net):
     "The same number of real and of noise images, in the network's own shape."

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from .machine import environment, pick_device, pick_student_precision, pick_teacher_precision, threads
 from .data import load_dataset
-from .distillation import _CODE as _OF_DISTILL, _NOT_IDENTITY, distill
+from .distillation import NOT_IDENTITY, distill
 from .models import create_model
 from .norms import align_batch, resolve_teacher_mode
 from .parameters import METHODS, Budget, TeacherCell, check_parameters, load_smoke, table_cells
-from .runs import Unfinished, cached, code_key, load_tensors, versions
+from .runs import Unfinished, cached, load_tensors
 from .samplers import create_sampler, image_sampler, rejection_sample
 from .teachers import augment, teacher_recipe, train_teacher
 from .variants import layer_to_batch_norm, set_dropout
@@ -54,10 +54,7 @@ def distil_cell(cell, progress=False, budget_seconds=None):
     draw = cell_sampler(cell, ds)
     recal = next(ds.batches("train", min(1000, len(ds.train_labels)), generator=torch.Generator().manual_seed(0)))[0]
     config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "student": model, "noise": repr(draw), "distill": _what_counts(cfg, teacher, device, ds.shape),
-              "recal_n": len(recal), "device": device.type, "threads": torch.get_num_threads(),
-              "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")},
-              "code": code_key(*_CODE, *(["variants"] if cell.is_variant else []), *(["diagnostics"] if cfg.alpha == "auto" else []),
-                                *(["teachers.augment", "teachers.teacher_recipe", "teachers.TeacherRecipe"] if cell.method == "real" else []))}
+              "recal_n": len(recal), "device": device.type, "threads": torch.get_num_threads()}
 
     def make(directory):
         budget = left()
@@ -70,9 +67,6 @@ def distil_cell(cell, progress=False, budget_seconds=None):
 
     label = f"{cell.teacher}-{cell.norm}-{cell.student}-{cell.method}-{ds.name}-{cell.seed}"
     return flat_record(cell, teacher.record, cached("distil", config, make, label=label, files=["run/student.safetensors"], device=device))
-
-# what every student depends on: a change there makes it a new one (its teacher has a key of its own)
-_CODE = (*_OF_DISTILL, "data", "image_files", "models", "experiments.distil_cell", "experiments.cell_sampler", "experiments.new_student")
 
 def cell_sampler(cell, ds):
     "What the student of `cell` is shown: noise, or real images with the augmentation that teachers are trained with."
@@ -102,7 +96,7 @@ def cell_student(cell, ds, directory):
 # %% ../nbs/11a_experiments.ipynb #6496dff3
 def _what_counts(cfg, teacher, device, shape):
     "The fields of `cfg` that have a part in the result, resolved."
-    used = cfg.model_dump(exclude={*_NOT_IDENTITY, "device"})
+    used = cfg.model_dump(exclude={*NOT_IDENTITY, "device"})
     if resolve_teacher_mode(teacher, cfg.teacher_mode) != "aligned": used.pop("alpha")
     return {**used, "precision": pick_student_precision(cfg.precision, device, shape), "teacher_precision": pick_teacher_precision(cfg.precision, device)}
 

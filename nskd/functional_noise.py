@@ -24,7 +24,7 @@ from .functional import METRICS, MIN_PAIRS, agreement_rates, functional_metrics,
 from .norms import bn_mode
 from .parameters import Seeds, _each
 from .plots import COLOURS, label, use_style
-from .runs import cached, code_key, load_tensors, save_tensors, versions
+from .runs import cached, load_tensors, save_tensors
 from .sweeps import Sweep, _values, run_sweep
 
 # %% ../nbs/30f_functional_noise.ipynb #85b7221e
@@ -73,8 +73,7 @@ def real_student(p, cell):
     """
     ds, device = load_dataset(p.dataset), pick_device(p.device)
     net, model = new_student(cell, ds)
-    config = {"student": model, "data": ds.fingerprint, "steps": p.real_steps, "every": p.real_every, "batch_size": p.batch_size, "lr": p.lr, "seed": cell.seed, "device": device.type,
-              "code": code_key("data", "models", "norms", "evaluation", "functional_noise"), "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")}}
+    config = {"student": model, "data": ds.fingerprint, "steps": p.real_steps, "every": p.real_every, "batch_size": p.batch_size, "lr": p.lr, "seed": cell.seed, "device": device.type}
     def make(directory):
         with threads(1): points = _on_labels(net.to(device), ds, p, cell.seed, device)
         save_tensors(directory / "answers.safetensors", {"answers": torch.stack(points)})

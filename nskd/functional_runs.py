@@ -23,7 +23,7 @@ from .experiments import pick_workers, run_parallel
 from .functional import MIN_PAIRS, agreement_rates, functional_metrics
 from .models import create_model, list_models
 from .parameters import NARROW, RunParameters, Seeds, _listed
-from .runs import cached, code_key, load_tensors, save_tensors, tensors_key, versions
+from .runs import cached, load_tensors, save_tensors, tensors_key
 from .samplers import rejection_sample
 
 # %% ../nbs/30b_functional_runs.ipynb #c541a746
@@ -238,9 +238,7 @@ def predict(net, x, rows=1024):
 def _fitness(logits, labels): return {"accuracy": (logits.argmax(1) == labels.flatten()).double().mean().item(), "loss": F.cross_entropy(logits.double(), labels.flatten()).item()}
 
 def _key(task, prepared, device, **more):
-    modules = ["config", "data", "models", "samplers", "functional", "functional_runs", *(["functional_text"] if not isinstance(task, ImageTask) else [])]
-    return {"task": type(task).__name__, **task.model_dump(), "data": prepared.fingerprint, "device": device.type, "threads": 1, "code": code_key(*modules),
-            "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")}, **more}
+    return {"task": type(task).__name__, **task.model_dump(), "data": prepared.fingerprint, "device": device.type, "threads": 1, **more}
 
 def study_teacher(task, seed, device="auto"):
     "The teacher of `seed`, trained as SIDDO is with its own seed's order, or from the cache: (network, record with its accuracy and loss on both sets)."
@@ -250,7 +248,7 @@ def study_teacher(task, seed, device="auto"):
         save_tensors(directory / "weights.safetensors", _state(net))
         found = {part: _fitness(predict(net, x), y) for part, (x, y) in (("train", prepared.train), ("test", prepared.test))}
         return {"teacher_seed": seed, "key": tensors_key(_state(net)), **{f"{part}_{k}": v for part, f in found.items() for k, v in f.items()}}
-    record = cached("functional-teachers", _key(task, prepared, device, seed=seed), make, label=f"{type(task).__name__}-{seed}", files=["weights.safetensors"], device=device)
+    record = cached("functional-teachers", _key(task, prepared, device, seed=seed), make, label=f"{type(task).__name__}-{seed}", files=["weights.safetensors"], device=device, code=[type(task)])
     net = prepared.build(seed)
     _set_state(net, load_tensors(f"{record['directory']}/weights.safetensors"))
     return net.eval().to(device), record
@@ -268,7 +266,7 @@ def _stack_of(job):
             agree = agreement_rates(z, theirs, y.flatten())
             rows.append({**s._asdict(), **functional_metrics(theirs, z), "agreement_correct": agree.correct, "agreement_incorrect": agree.incorrect, **_fitness(z, y)})
         return {"rows": rows}
-    made = cached("functional-students", _key(task, prepared, device, teacher=about["key"], students=students, way=way), make, label=f"{type(task).__name__}-{seed}-{students[0].seed}", device=device)
+    made = cached("functional-students", _key(task, prepared, device, teacher=about["key"], students=students, way=way), make, label=f"{type(task).__name__}-{seed}-{students[0].seed}", device=device, code=[type(task)])
     return [{"teacher_seed": seed, **r} for r in made["rows"]]
 
 def run_study(p, task, smoothing="first"):

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from .config import Config, first_line, unknown_name
 from .parameters import Seeds, read_yaml, tier_parameters
-from .runs import content_key, outputs_dir, repo_root, _assigned, _code_tree, _parameter_cells
+from .runs import content_key, outputs_dir, repo_root, syntax, _assigned, _parameter_cells
 
 # %% ../nbs/23_grid.ipynb #74f5a61b
 def _code_cells(notebook): return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
@@ -126,7 +126,7 @@ def _tier(grid, root):
 def library_key():
     "A short hash of what all modules of nskd do."
     folder = Path(__file__).parent if "__file__" in globals() else repo_root() / "nskd"
-    return content_key([_code_tree(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("[a-z]*.py"))])
+    return content_key([syntax(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("[a-z]*.py"))])
 
 # %% ../nbs/23_grid.ipynb #6d6bb8dd
 def failures(folder):

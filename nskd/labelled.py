@@ -21,7 +21,7 @@ from .luminet import LABELLED, labelled_loss
 from .models import create_model
 from .norms import bn_mode
 from .parameters import TeacherCell
-from .runs import cached, code_key, load_tensors, save_tensors, versions
+from .runs import cached, load_tensors, save_tensors
 from .teachers import _CHECKPOINT_SECONDS, _Training, augment, pick_threads, teacher_recipe
 
 # %% ../nbs/31b_labelled.ipynb #f8e19e62
@@ -100,9 +100,7 @@ def train_labelled(cell):
     model = dict(name=cell.student, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, width=cell.student_width, seed=1_000_000 + cell.seed)
     recipe = cell.recipe(ds)
     config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "student": model, "method": cell.method, "seed": cell.seed, "device": device.type, "threads": n_threads,
-              **({} if cell.method == "ce" else {"tau": cell.tau, "weight": cell.weight, "teacher_precision": pick_teacher_precision(recipe.precision, device)}), "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
-              "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")},
-              "code": code_key("config", "data", "norms", "models", "losses", "luminet", "teachers", "calibration", "labelled")}
+              **({} if cell.method == "ce" else {"tau": cell.tau, "weight": cell.weight, "teacher_precision": pick_teacher_precision(recipe.precision, device)}), "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)}}
 
     def make(directory):
         student = create_model(**model)

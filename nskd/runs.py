@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LEDGER_PLACES', 'VERDICTS', 'repo_root', 'outputs_dir', 'cache_dir', 'full_disk_said', 'write_synced', 'sync_folder',
            'write_bytes', 'set_aside', 'file_sha256', 'write_json', 'read_json', 'save_tensors', 'load_tensors',
-           'read_meta', 'content_key', 'tensors_key', 'code_key', 'versions', 'provenance', 'device_name', 'Unfinished',
-           'held', 'run_dir', 'cached', 'finished_record', 'make_ledger', 'claim', 'Explanation', 'explain']
+           'read_meta', 'content_key', 'tensors_key', 'import_closure', 'code_key', 'syntax', 'versions', 'provenance',
+           'device_name', 'Unfinished', 'held', 'run_dir', 'cached', 'finished_record', 'make_ledger', 'claim',
+           'Explanation', 'explain']
 
 # %% ../nbs/07_runs.ipynb #6034e2e1
-import ast, csv, errno, hashlib, importlib, json, math, os, platform, re, shlex, subprocess, sys, time, warnings
+import ast, csv, errno, hashlib, importlib.util, json, math, os, platform, re, shlex, subprocess, sys, time, warnings
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import cache
@@ -153,16 +154,52 @@ def tensors_key(tensors):
     return h.hexdigest()[:16]
 
 @cache
-def code_key(*parts):
-    "A short hash of what the named modules of nskd, or single definitions (\"teachers.augment\"), do: their syntax trees without docstrings."
-    def read(part):
-        module, _, name = part.partition(".")
-        return _code_tree(Path(importlib.import_module(f"nskd.{module}").__file__).read_text(), name)
-    return content_key([read(p) for p in parts])
+def _module_code(name):
+    "(a hash of what module `name` does, the modules of nskd that it imports anywhere in it)."
+    spec = importlib.util.find_spec(name)
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): imported |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent) if node.level else node.module
+            imported |= {base} | {f"{base}.{a.name}" for a in node.names}
+    ours = {m for m in imported if m.startswith("nskd.") and _is_module(m)}
+    return content_key(syntax(source)), frozenset(ours)
 
-def _code_tree(source, name=""):
+@cache
+def _is_module(name):
+    try: return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError: return False
+
+def import_closure(*modules):
+    "The named modules of nskd and all of nskd that they import, directly or not: a sorted list of names."
+    found, waiting = set(), list(modules)
+    while waiting:
+        if (name := waiting.pop()) in found: continue
+        found.add(name)
+        waiting += _module_code(name)[1]
+    return sorted(found)
+
+def code_key(*objects):
+    """A short hash of the code that functions or classes depend on: of their modules and all of nskd that these import.
+
+    What counts is what the code does: comments and docstrings don't. A definition in a notebook counts with its own code and the
+    modules of nskd that the notebook has imported from.
+    """
+    return content_key(sorted({part for o in objects for part in _code_of(o)}))
+
+def _code_of(obj):
+    if obj.__module__.startswith("nskd."): return [_module_code(m)[0] for m in import_closure(obj.__module__)]
+    namespace = sys.modules[obj.__module__].__dict__ if obj.__module__ in sys.modules else {}
+    near = {getattr(v, "__module__", None) or "" for v in namespace.values()}
+    own = getattr(obj, "__code__", None)
+    return [content_key(own.co_code.hex(), [repr(c) for c in own.co_consts if not hasattr(c, "co_code")]) if own else obj.__qualname__,
+            *(_module_code(m)[0] for m in import_closure(*(n for n in near if n.startswith("nskd.") and _is_module(n))))]
+
+def syntax(source):
+    "What a source does: its syntax tree as text, without docstrings and comments."
     tree = ast.parse(source)
-    if name: tree, = (node for node in tree.body if getattr(node, "name", None) == name)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
@@ -239,14 +276,16 @@ def run_dir(kind, config, label=""):
 
 
 # %% ../nbs/07_runs.ipynb #803d1feb
-def cached(kind, config, make, label="", files=(), device="cpu"):
+def cached(kind, config, make, label="", files=(), device="cpu", code=()):
     """The record of a run, made at most once: `make(directory)` is called unless a finished one is found.
 
-    `config`: JSON-like, everything that the result depends on. `make` writes its files into `directory` and returns a
+    `config`: JSON-like, everything that the result depends on besides the code of `make` (see `code_key`), of what is in `code`, and the
+    versions of the libraries, which are added. `make` writes its files into `directory` and returns a
     JSON-like record; the record returned here has `directory` and `cached` (bool) added. An unfinished directory, or one
     that lacks one of `files` or has it with other bytes than were written, is handed to `make` as it is, so that it may
     resume. `make` may raise `Unfinished`: nothing is done then. `device` is noted in the provenance. 
     """
+    config = {**config, "code": code_key(make, *code), "versions": {k: versions().get(k) for k in ("torch", "torchvision", "timm")}}
     directory = run_dir(kind, config, label)
     with held(directory):
         record = finished_record(directory, files)

@@ -29,7 +29,7 @@ from .models import create_model
 from .parameters import RunParameters, Seeds
 from .probes import canvas_digits, gram_distance, last_patches, linear_cka, linear_probes, patch_labels
 from .reporting import judge
-from .runs import cached, code_key, load_tensors, save_tensors, tensors_key, versions
+from .runs import cached, load_tensors, save_tensors, tensors_key
 from .singer import Singer, alignment, block_features, check_layers, left_nullspace, linearised_ffn, transformer_blocks
 from .singer_checks import direction_report, norm_energy_correlation, sublayer_changes
 from .studies import plus_minus
@@ -102,7 +102,7 @@ def singer_teacher(p, seed, planted=False):
     if not planted:
         net.record["accuracy"] = net.record["accuracy"]["rs"]
         return net
-    config = {"teacher": net.record["key"], "data": ds.fingerprint, "layer": p.plant_layer, "images": p.images, "share": p.plant_share, "excess": p.plant_excess, "most": p.most, "code": code_key("singer", "artifacts"), "versions": _versions()}
+    config = {"teacher": net.record["key"], "data": ds.fingerprint, "layer": p.plant_layer, "images": p.images, "share": p.plant_share, "excess": p.plant_excess, "most": p.most}
 
     def make(directory):
         new = plant_artifacts(net.cpu(), ds.train_images[:p.images or 1000], ds.train_labels[:p.images or 1000], p.plant_layer, p.plant_share, p.plant_excess, p.most)
@@ -112,8 +112,6 @@ def singer_teacher(p, seed, planted=False):
     net.load_state_dict(load_tensors(f"{record['directory']}/weights.safetensors"))
     net.record, net.planted = record, record["planted"]
     return net.to(pick_device(p.device))
-
-def _versions(): return {k: v for k, v in versions().items() if k in ("torch", "timm", "scikit-learn")}
 
 # %% ../nbs/32f_singer_runs.ipynb #cf05350c
 SINGER = {
@@ -184,8 +182,7 @@ def train_feature_student(job):
     teacher, student = singer_teacher(p, job.seed, job.planted), p.network("student", 1_000_000 + job.seed).to(device)
     method = feature_method(job, teacher, student)
     settings = {**p.model_dump(include={"student", "width", "images", "layers", "rank", "alpha", "lambda_outlier", "lambda_info", "gram", "steps", "batch_size", "lr", "probe_patches"}), "method": job.method, "seed": job.seed}
-    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "settings": settings, "device": device.type, "threads": torch.get_num_threads(), "versions": _versions(),
-              "code": code_key("singer", "feature_baselines", "probes", "artifacts", "models", "singer_runs")}
+    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "settings": settings, "device": device.type, "threads": torch.get_num_threads()}
 
     def make(directory):
         start = time.perf_counter()
@@ -248,7 +245,7 @@ def _teach(job):
 def teacher_record(p, seed, planted):
     "The teacher's own row: probes of its last patches, and its artifacts where students are taught; a flat dict."
     teacher, ds = singer_teacher(p, seed, planted), canvas_data(p.canvas, p.copies)
-    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "probe_patches": p.probe_patches, "images": p.images, "code": code_key("probes", "artifacts", "singer", "singer_runs"), "versions": _versions()}
+    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "probe_patches": p.probe_patches, "images": p.images}
     def make(directory):
         report = artifact_report(teacher.cpu(), ds.test_images).to_dict("records")
         return {**_judge_student(p, ds, teacher, teacher), "artifacts": report}

@@ -20,7 +20,7 @@ from .machine import autocast, deterministic, is_small, keep_freed_memory, pick_
 from .evaluation import evaluate_modes
 from .models import create_model, _whole
 from .norms import replace_norm
-from .runs import Unfinished, cached, code_key, load_tensors, save_tensors, tensors_key, versions
+from .runs import Unfinished, cached, load_tensors, save_tensors, tensors_key
 
 # %% ../nbs/08_teachers.ipynb #9b6193d4
 class TeacherRecipe(Config):
@@ -180,9 +180,7 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     if device.type == "cpu": keep_freed_memory()
     n_threads = pick_threads(ds.shape, device)
     config = {"model": model, "fraction": fraction, "data": ds.fingerprint, "seed": seed, "device": device.type, "threads": n_threads,
-              "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
-              "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")},
-              "code": code_key(*_CODE)}
+              "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)}}
     net = _build(model, fraction, seed)
 
     def make(directory):
@@ -198,9 +196,6 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     net.load_state_dict(load_tensors(f"{record['directory']}/weights.safetensors"))
     net.record = record
     return net.eval().to(device)
-
-# what a teacher depends on: a change there makes it a new one
-_CODE = ("config", "machine", "data", "image_files", "models", "norms", "parallel", "evaluation", "checkpoints", "teachers")
 
 def _build(model, fraction, seed):
     if fraction == 1 or model["norm"] in (None, "bn"): return create_model(**model, seed=seed)

@@ -23,7 +23,7 @@ from .experiments import note_unfinished, run_within
 from .parameters import Budget, RunParameters, Seeds
 from .models import create_model
 from .norms import bn_mode
-from .runs import cached, claim, code_key, versions
+from .runs import cached, claim
 from .reporting import judge
 from .samplers import create_sampler
 from .teachers import teacher_recipe, train_teacher
@@ -111,8 +111,7 @@ def measure_theory(job, budget_seconds=None):
     attention_layers(create_model(p.model, ds.num_classes, ds.channels, ds.image_size, width=p.width_of(p.model)))
     untrained, vit = _train(p.model, ds, p, job.seed, left=left)
     _, cnn = _train(p.bn_model, ds, p, job.seed, "bn", left)
-    config = {"vit": vit.record["key"], "cnn": cnn.record["key"], "p": p.model_dump(exclude={"seeds", "device", "workers", "budget_seconds"}), "seed": job.seed,
-              "versions": {k: v for k, v in versions().items() if k in ("torch", "torchvision", "timm")}, "code": code_key(*_CODE)}
+    config = {"vit": vit.record["key"], "cnn": cnn.record["key"], "p": p.model_dump(exclude={"seeds", "device", "workers", "budget_seconds"}), "seed": job.seed}
 
     def make(directory):
         g = torch.Generator().manual_seed(job.seed)
@@ -128,9 +127,6 @@ def measure_theory(job, budget_seconds=None):
     record = cached("theory_runs", config, make, label=f"{p.model}-{ds.name}-{job.seed}")
     return {**record, "accuracy": {"vit": vit.record["accuracy"]["rs"], "cnn": cnn.record["accuracy"]["rs"]},
             "seconds": vit.record["seconds"] + cnn.record["seconds"]}
-
-# what the measurements depend on (both networks have keys of their own)
-_CODE = ("config", "machine", "models", "norms", "parallel", "attention", "samplers", "theory", "theory_runs")
 
 def _shift(cnn, x, g):
     laws = {"gaussian": (lambda s, g: torch.randn(s, generator=g) * 2 + 1, 1, 4), "uniform": (lambda s, g: torch.rand(s, generator=g), 0.5, 1 / 12),
