@@ -19,17 +19,19 @@ unexport JUPYTER_PATH
 # All tables and figures, the ledger of claims last: it reads what the others leave.
 NOTEBOOKS := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/figure*.ipynb nbs/table*.ipynb nbs/protocol.ipynb nbs/theory.ipynb))) claims
 # The companion papers'.
-COMPANIONS := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/functional_*.ipynb nbs/luminet_*.ipynb nbs/singer_*.ipynb)))
+COMPANIONS := $(basename $(notdir $(sort $(wildcard nbs/functional/functional_*.ipynb nbs/luminet/luminet_*.ipynb nbs/singer/singer_*.ipynb))))
 # Ours, for those who want to use the method, and on its speed. These and the companions are run by name, not by `make tables`.
 STUDIES := $(COMPANIONS) track_record deployment benchmark precision recipe
 # A recipe line with $(MAKE) itself would run under `make -n` too.
 AGAIN := $(MAKE)
 
-# $(call papermill,NAME,RUN,WORDS): nbs/NAME.ipynb, with WORDS and ARGS for papermill, into outputs/RUN.ipynb unless OUT says where
+# Where notebook NAME lies: a companion's in its paper's folder.
+path = $(wildcard nbs/$(1).ipynb nbs/*/$(1).ipynb)
+# $(call papermill,NAME,RUN,WORDS): notebook NAME, with WORDS and ARGS for papermill, into outputs/RUN.ipynb unless OUT says where
 define papermill
 	@mkdir -p outputs "$$(dirname '$(or $(OUT),outputs/$(2).ipynb)')"
-	$(BIN)/papermill nbs/$(1).ipynb '$(or $(OUT),outputs/$(2).ipynb)' $(3) $(ARGS)
-	@$(BIN)/python -m nskd.reporting
+	$(BIN)/papermill $(call path,$(1)) '$(or $(OUT),outputs/$(2).ipynb)' $(3) $(ARGS)
+	@$(BIN)/python -m nskd.experiments.results
 endef
 
 .DEFAULT_GOAL := help
@@ -84,7 +86,7 @@ export: $(READY) ## make nskd/*.py from the notebooks
 	$(BIN)/nbdev_export
 
 readme: $(READY) ## make README.md from nbs/index.ipynb
-	$(BIN)/python -m nskd.readme
+	$(BIN)/python -m nskd.experiments.readme
 
 clean: ## remove caches and everything in outputs/ except published/ (finished runs too); keep .venv
 	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +; fi

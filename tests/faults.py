@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from nskd.checkpoints import Checkpoints
+from nskd.engine.checkpoints import Checkpoints
 from nskd.distillation import DistillConfig, distill
 
 _SMOKE = DistillConfig(steps=8, batch_size=12, k=2, eval_every=3, checkpoint_every=1, plateau_patience=0, plateau_factor=0.5, device="cpu", precision="fp32")

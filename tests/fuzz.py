@@ -15,7 +15,9 @@ import torch
 import yaml
 from PIL import Image
 
-from nskd import claims, loading, parameters, runs
+from nskd.engine import files
+from nskd.experiments import claims, explain, parameters
+from nskd.practice import loading
 from nskd.data import load_dataset
 
 SECONDS, WAIT = 5, 60       # for one file: of computing, and on the clock of a machine that may be busy
@@ -131,7 +133,7 @@ def safetensors_damage(data, rng, canary):
     return struct.pack("<Q", length) + header + data[8 + size:]
 
 def read_safetensors(path):
-    for read in (runs.load_tensors, runs.read_meta, loading.file_kind, loading.read_weights): _each(read, path)
+    for read in (files.load_tensors, files.read_meta, loading.file_kind, loading.read_weights): _each(read, path)
 
 def _each(read, path):
     "Several loaders may read one file; a refusal by one doesn't keep it from the next, and the file counts as refused if all refuse it."
@@ -263,7 +265,7 @@ def read_results(path):
     shutil.copy(path, folder / mine)
     (folder / other).write_bytes(content)
     _each(claims._read_run, folder)
-    if mine == "results.json": _each(lambda p: repr(runs.explain(p)), folder / mine)
+    if mine == "results.json": _each(lambda p: repr(explain.explain(p)), folder / mine)
 
 
 # ---- files of parameters
@@ -390,7 +392,7 @@ TARGETS = {
     "state dict": Target(18, state_originals, state_damage, loading.read_weights),
     "TorchScript": Target(6, script_originals, script_damage, read_program),
     "program": Target(2, program_originals, program_damage, read_program),
-    "JSON": Target(6, json_originals, json_damage, runs.read_json),
+    "JSON": Target(6, json_originals, json_damage, files.read_json),
     "results": Target(8, json_originals, json_damage, read_results),
     "parameters": Target(12, yaml_originals, yaml_damage, read_parameters),
     **{how: Target(4, lambda how=how: [json.dumps(how).encode()], archive_damage, partial(read_archive, how)) for how in HOW},

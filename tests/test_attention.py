@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from nskd.attention import (attention_layers, attention_report, attention_scores, materialised_attention, prefix_tokens, query_key_weights,
-                            row_statistics, similarity_entropy)
+from nskd.theory.attention import attention_layers, attention_report, attention_scores, materialised_attention, prefix_tokens, query_key_weights, row_statistics, similarity_entropy
 from nskd.models import create_model
 
 MODELS = {"vit_tiny": dict(width=0.125), "swin_tiny": dict(width=0.25), "timm:vit_tiny_patch16_224": {}, "timm:deit_tiny_distilled_patch16_224": {},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nskd.benchmark import CASES, BenchmarkParameters, Case, Ours, Plain, plain_select
-from nskd.experiments import check_parameters
+from nskd.experiments.parameters import check_parameters
 from nskd.samplers import rejection_sample
 from test_tables import check_smoke_results
 
@@ -70,7 +70,7 @@ def test_both_loops_wait_as_pytorch_comes(monkeypatch):
 
 
 def test_ways_of_the_precision_study_are_compared_to_float32():
-    from nskd.sweeps import PrecisionSweep
+    from nskd.tables.precision import PrecisionSweep
     with pytest.raises(ValueError, match="ways must hold fp32"): PrecisionSweep(ways="teacher,bf16")
     with pytest.raises(ValueError, match="bf61"): PrecisionSweep(ways="fp32,bf61")
     p = PrecisionSweep(ways="fp32,bf16")

@@ -3,7 +3,7 @@ import json, shutil
 
 import pytest
 
-from nskd.claims import combine, count_verdicts, ledger_page, markdown_ledger, markdown_runs, published_dir, read_runs
+from nskd.experiments.claims import combine, count_verdicts, ledger_page, markdown_ledger, markdown_runs, published_dir, read_runs
 from test_tables import check_refused, check_smoke_results, papermill, smoke_runs
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from nskd import data, image_files
-from nskd.data import Dataset, list_datasets, load_dataset
+from nskd.dataset import Dataset
+from nskd.data import list_datasets, load_dataset
 
 CIFAR = Path(__file__).resolve().parents[1] / "../shared/data/cifar10_jpeg.tar.xz"
 GOOD = {f"{split}/{c}/{i}.png": None for split, n in (("train", 5), ("test", 3)) for c in ("cat", "dog") for i in range(n)}

@@ -8,11 +8,12 @@ from scipy import special, stats
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from nskd.diagnostics import (ActivationStatistics, BatchDependence, activation_mismatch, activation_statistics, batch_dependence, class_histogram,
-                              coverage, energy_coefficient, fluctuation_correlation, mutual_information, share_bounds)
+from nskd.diagnostics.activations import ActivationStatistics, activation_mismatch, activation_statistics, energy_coefficient
+from nskd.diagnostics.batch_context import BatchDependence, batch_dependence, fluctuation_correlation
+from nskd.information import class_histogram, coverage, mutual_information, share_bounds
 from nskd.models import create_model
 from nskd.samplers import create_sampler
-from nskd.studies import flip_rates_possible
+from nskd.tables.contexts import flip_rates_possible
 
 
 class Known(nn.Module):

@@ -4,12 +4,12 @@ import json, re
 import pytest
 import torch
 
-from nskd.bring import demo_teacher
+from nskd.practice.handover import demo_teacher
 from nskd.data import load_dataset
-from nskd.export import export_program, load_student
+from nskd.practice.export import export_program, load_student
 from nskd.models import create_model
 from nskd.norms import norm_kinds
-from nskd.runs import save_tensors
+from nskd.engine.files import save_tensors
 from nskd.teachers import TeacherRecipe, train_teacher
 from test_tables import check_refused, papermill, run_here
 

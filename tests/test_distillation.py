@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from nskd.data import load_dataset
-from nskd.distillation import DistillConfig, Supervisor, distill, ledger_of
-from nskd.experiments import run_cells, table_cells
-from nskd.parameters import TableParameters
+from nskd.distillation import DistillConfig, distill, ledger_of
+from nskd.supervision import Supervisor
+from nskd.experiments.runner import run_cells
+from nskd.experiments.parameters import table_cells
+from nskd.experiments.parameters import TableParameters
 from nskd.models import create_model
 from nskd.norms import norm_kinds, teacher_context
-from nskd.runs import tensors_key
+from nskd.engine.keys import tensors_key
 from nskd.samplers import Sampler, create_sampler
 
 SHORT = DistillConfig(steps=4, eval_every=2, batch_size=32, k=2)

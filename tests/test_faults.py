@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import nskd.teachers
-from nskd.checkpoints import Checkpoints
+from nskd.engine.checkpoints import Checkpoints
 from nskd.data import load_dataset
 from nskd.distillation import DistillConfig, distill
-from nskd.experiments import run_cells
+from nskd.experiments.runner import run_cells
 from faults import FAULTS, fault_table
 from nskd.models import create_model
-from nskd.parameters import TableParameters, table_cells
-from nskd.runs import Unfinished, cached, held, tensors_key
+from nskd.experiments.parameters import TableParameters, table_cells
+from nskd.engine.runs import Unfinished, cached, held
+from nskd.engine.keys import tensors_key
 from nskd.samplers import create_sampler
 from nskd.teachers import TeacherRecipe, train_teacher
 
@@ -53,7 +54,7 @@ def test_the_comparison_can_fail(repo, broken):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_workers_end_with_a_killed_notebook(repo, tmp_path):
     (tmp_path / "work.py").write_text("import os, time\ndef wait(folder): open(f'{folder}/{os.getpid()}.pid', 'w').close(); time.sleep(600)\n")
-    notebook = python(repo, "import sys; from work import wait; from nskd.experiments import run_parallel; run_parallel(wait, [sys.argv[1]] * 2, 2)", tmp_path, PYTHONPATH=f"{repo}:{tmp_path}")
+    notebook = python(repo, "import sys; from work import wait; from nskd.engine.workers import run_parallel; run_parallel(wait, [sys.argv[1]] * 2, 2)", tmp_path, PYTHONPATH=f"{repo}:{tmp_path}")
     soon = time.monotonic() + 60
     while len(workers := [int(f.stem) for f in tmp_path.glob("*.pid")]) < 2 and time.monotonic() < soon: time.sleep(0.1)
     assert len(workers) == 2
@@ -66,7 +67,7 @@ def test_workers_end_with_a_killed_notebook(repo, tmp_path):
 
 def test_a_dead_holder_of_a_lock_is_noticed(repo, tmp_path):
     "The second process waits for the first, and has the lock at once when the first is killed."
-    hold = "import sys, time; from nskd.runs import held\nwith held(sys.argv[1]): print('mine', flush=True); time.sleep(600)"
+    hold = "import sys, time; from nskd.engine.runs import held\nwith held(sys.argv[1]): print('mine', flush=True); time.sleep(600)"
     first = python(repo, hold, tmp_path)
     assert first.stdout.readline() == "mine\n"
     second = python(repo, hold, tmp_path)
@@ -84,7 +85,7 @@ def test_two_processes_make_a_cell_once(repo, tmp_path):
     work = """
         import json, sys, time
         from pathlib import Path
-        from nskd.runs import cached
+        from nskd.engine.runs import cached
         def make(directory):
             with open(sys.argv[1] + "/made", "a") as f: f.write("x")
             time.sleep(1)
@@ -99,7 +100,7 @@ def test_two_processes_make_a_cell_once(repo, tmp_path):
 def test_a_killed_cell_is_made_by_the_next(repo, tmp_path):
     work = """
         import os, signal
-        from nskd.runs import cached
+        from nskd.engine.runs import cached
         print(cached("cell", {"seed": 0}, lambda directory: os.kill(os.getpid(), signal.SIGKILL)))"""
     killed = python(repo, work, NSKD_OUTPUTS=str(tmp_path))
     killed.communicate()
@@ -122,12 +123,12 @@ class TestTeachers:
         "A checkpoint after every step, and death at every step in turn, in the middle of an epoch too."
         whole = self.train(recipe).record
         monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path/"parts"))
-        monkeypatch.setattr(nskd.teachers, "_CHECKPOINT_SECONDS", 0)
-        take, deaths = nskd.teachers._Training.take_step, []
+        monkeypatch.setattr(nskd.teachers, "CHECKPOINT_SECONDS", 0)
+        take, deaths = nskd.teachers.TeacherTraining.take_step, []
         def step(job, *batch):
             take(job, *batch)
             if job.step not in deaths and job.step % 2: deaths.append(job.step); raise KeyboardInterrupt
-        monkeypatch.setattr(nskd.teachers._Training, "take_step", step)
+        monkeypatch.setattr(nskd.teachers.TeacherTraining, "take_step", step)
         for _ in range(100):
             try: found = self.train(recipe); break
             except KeyboardInterrupt: torch.rand(3)                   # whatever the user does in between

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from nskd.functional import METRICS, MORE_METRICS, functional_metrics, transfer_test
-from nskd.functional_text import load_text
+from nskd.functional.metrics import METRICS, MORE_METRICS, functional_metrics, transfer_test
+from nskd.functional.text import load_text
 from test_tables import check_refused, check_smoke_results
 
 CLAIMS = {"functional_table3": 11, "functional_table14": 8, "functional_gradient": 11, "functional_noise": 11}

@@ -11,12 +11,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import nskd.distillation, nskd.machine
-from nskd.compiled import _alone
-from nskd.distillation import DistillConfig, Supervisor, _at_work, _prepare, distill
+import nskd.distillation
+import nskd.engine.hardware
+from nskd.engine.hardware import _alone
+from nskd.distillation import DistillConfig, at_work, prepare, distill
+from nskd.supervision import Supervisor
 from nskd.models import create_model
 from nskd.norms import teacher_context
-from nskd.parallel import Group
+from nskd.engine.shared_batch import Group
 from nskd.samplers import create_sampler
 
 SHAPE = (3, 32, 32)
@@ -48,7 +50,7 @@ class Pretended(TorchFunctionMode):
 @pytest.fixture
 def pretend(monkeypatch):
     "A context in which tensors on `GPU` are fake."
-    monkeypatch.setattr(nskd.machine, "gains_by_bf16", lambda kind: True)
+    monkeypatch.setattr(nskd.engine.hardware, "gains_by_bf16", lambda kind: True)
     generator = torch.Generator
     monkeypatch.setattr(nskd.distillation.torch, "Generator", lambda device=None: generator())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -123,10 +125,10 @@ class Looks(TorchDispatchMode):
 def test_a_student_learns_without_a_look(monkeypatch, changes):
     cfg = DistillConfig(steps=40, batch_size=16, k=2, device="cpu", **changes)
     teacher, student = (create_model("wrn16", 10, 1, 8, width=1, seed=seed) for seed in (0, 1))
-    job, _ = _prepare(teacher, student, cfg, None, create_sampler("gaussian", (1, 8, 8)), None)
+    job, _ = prepare(teacher, student, cfg, None, create_sampler("gaussian", (1, 8, 8)), None)
     check = job.check_finite
     monkeypatch.setattr(job, "check_finite", lambda: None)                          # every 50 steps on a GPU, in each here
-    with _at_work(job):
+    with at_work(job):
         job.take_step()                                                             # the optimiser makes its state
         with Looks() as looks:
             for _ in range(2): job.take_step()
@@ -172,12 +174,12 @@ def test_aligned_networks_are_one_graph(kind):
 def test_a_gpu_is_named_by_what_pytorch_has(monkeypatch):
     "Of the functions that a run asks of a GPU outside its steps, all are PyTorch's."
     from nskd.benchmark import peak_memory
-    from nskd.runs import provenance
+    from nskd.engine.runs import provenance
     asked = []
     for name, answer in (("get_device_name", "a GPU"), ("synchronize", None), ("max_memory_allocated", 7)):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name, answer=answer: asked.append(name) or answer)      # of what is not there: AttributeError
     gpu = torch.device("cuda", 1)
-    assert provenance(gpu)["device"] == nskd.machine.device_name("cuda") == "a GPU" and nskd.machine.timed(lambda: 3, gpu)[1] == 3 and peak_memory(gpu) == 7
+    assert provenance(gpu)["device"] == nskd.engine.hardware.device_name("cuda") == "a GPU" and nskd.engine.hardware.timed(lambda: 3, gpu)[1] == 3 and peak_memory(gpu) == 7
     assert asked == ["get_device_name"] * 2 + ["synchronize"] * 2 + ["max_memory_allocated"]
 
 
@@ -186,8 +188,8 @@ def test_a_gpu_is_named_by_what_pytorch_has(monkeypatch):
 @pytest.mark.parametrize("norm", ["bn", "ln"])
 def test_no_step_waits_on_a_real_one(norm, compile):
     cfg = DistillConfig(steps=40, batch_size=64, k=2, device="cuda", compile=compile)
-    job, _ = _prepare(create_model("r18", 10, 3, 32, norm=norm, width=8, seed=0), create_model("r18", 10, 3, 32, width=8, seed=1), cfg, None, noise("gaussian"), None)
-    with _at_work(job):
+    job, _ = prepare(create_model("r18", 10, 3, 32, norm=norm, width=8, seed=0), create_model("r18", 10, 3, 32, width=8, seed=1), cfg, None, noise("gaussian"), None)
+    with at_work(job):
         for _ in range(4): job.take_step()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

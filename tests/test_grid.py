@@ -13,7 +13,8 @@ PARAMETERS = "seeds = 1\nwidth = 'narrow'\nworkers = 'auto'"
 WORK = """
 import os
 from pathlib import Path
-from nskd.runs import cached, outputs_dir
+from nskd.engine.runs import cached
+from nskd.engine.files import outputs_dir
 if (planted := outputs_dir()/"planted").exists() and planted.read_text() in map(str, seeds): raise ValueError(f"seed {planted.read_text()} has no teacher")
 found = [cached("made", {"seed": s}, lambda d: {"value": s*s}, label=str(s)) for s in (range(seeds) if isinstance(seeds, int) else seeds)]
 where = Path(os.environ["NSKD_RESULTS"])/"tiny"
@@ -22,9 +23,9 @@ where.mkdir(parents=True, exist_ok=True)
 """
 CHECK = """
 def never():
-    from nskd.parameters import RunParameters
-    from nskd.experiments import check_parameters
-    check_parameters(globals(), RunParameters)          # where `nskd.grid` finds the model; nothing else is needed of it here
+    from nskd.experiments.parameters import RunParameters
+    from nskd.experiments.parameters import check_parameters
+    check_parameters(globals(), RunParameters)          # where `nskd.experiments.grid` finds the model; nothing else is needed of it here
 """
 
 
@@ -106,7 +107,7 @@ def test_a_wrong_grid_is_refused_in_one_sentence_before_anything_runs(repo, base
 
 
 def test_every_grid_in_the_repository_is_whole(repo):
-    from nskd.grid import grid_jobs, read_grid
+    from nskd.experiments.grid import grid_jobs, read_grid
     found = sorted((repo/"params/grid").glob("*.yaml"))
     assert found and all(grid_jobs(read_grid(f, repo), repo)[-1]["kind"] == "table" for f in found)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nskd.runs import code_key, import_closure
+from nskd.engine.keys import code_key, import_closure
 
 CHANGES = {"norms": {"teachers", "distillation"}, "losses": {"distillation"}, "samplers": {"distillation"}, "calibration": set(), "config": {"teachers", "distillation"}}
 
@@ -16,7 +16,7 @@ def keys(package):
     "The keys of some results in a copy of the library."
     code = """
         from nskd.distillation import distill
-        from nskd.runs import code_key
+        from nskd.engine.keys import code_key
         from nskd.teachers import train_teacher
         print(code_key(train_teacher), code_key(distill))"""
     code = "\n".join(line.strip() for line in code.splitlines())

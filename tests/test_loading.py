@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nskd.loading import load_teacher, read_weights, tensors_only
-from nskd.runs import load_tensors, read_json, read_meta
+from nskd.practice.loading import load_teacher, read_weights, tensors_only
+from nskd.engine.files import load_tensors, read_json, read_meta
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fuzz import Payload, program_originals, rezip, script_originals, _with
@@ -210,8 +210,8 @@ def test_a_missing_file_is_missing_and_not_damaged(read, tmp_path):
 
 def foreign_network(name):
     "A network of another library as its users export it, with few blocks."
-    import nskd.vision                            # before timm, which imports torchvision
-    if name == "torchvision:mobilenet_v2": return nskd.vision.torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.25)
+    import nskd.engine.vision                            # before timm, which imports torchvision
+    if name == "torchvision:mobilenet_v2": return nskd.engine.vision.torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.25)
     import timm
     return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=10, depth=1)
 

@@ -10,8 +10,8 @@ try: import tomllib
 except ModuleNotFoundError: import tomli as tomllib     # Python 3.10; pytest brings it there
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
-MODULES = sorted((ROOT/"nskd").glob("*.py"))
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = sorted((ROOT/"nskd").rglob("*.py"))
 RUNS = {p.stem for p in NOTEBOOKS if re.fullmatch("(table|figure)[0-9]+|protocol|theory|claims", p.stem)}     # by `make tables`
 # By name only: the companions' and ours.
 STUDIES = {p.stem for p in NOTEBOOKS if re.fullmatch("(functional|luminet|singer)_.*", p.stem)} | {"track_record", "deployment", "benchmark", "precision", "recipe"}
@@ -94,7 +94,7 @@ TIERS = sorted(p for p in (ROOT/"params").rglob("*.yaml") if p.parent.name not i
 @pytest.mark.parametrize("path", TIERS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_parameter_file_names_only_what_its_notebook_has(path):
     # papermill passes over an unknown name with a line in its log.
-    (cell,) = parameter_cells(read(ROOT/"nbs"/f"{path.stem}.ipynb"))
+    (cell,) = parameter_cells(read(next(p for p in NOTEBOOKS if p.stem == path.stem)))
     names = {t.id for node in ast.parse(source(cell)).body
              for t in (node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else [])}
     assert set(yaml.safe_load(path.read_text()) or {}) <= names
@@ -123,8 +123,8 @@ def test_nbdev_export_reproduces_the_modules(tmp_path):
     (tmp_path/"nskd").mkdir()
     shutil.copy(ROOT/"nskd"/"__init__.py", tmp_path/"nskd")
     nbdev("nbdev_export", tmp_path)
-    made = {p.name: p.read_text() for p in (tmp_path/"nskd").glob("*.py")}
-    differing = sorted(n for n in made.keys() | {p.name for p in MODULES}
+    made = {p.relative_to(tmp_path/"nskd").as_posix(): p.read_text() for p in (tmp_path/"nskd").rglob("*.py")}
+    differing = sorted(n for n in made.keys() | {p.relative_to(ROOT/"nskd").as_posix() for p in MODULES}
                        if made.get(n) != ((ROOT/"nskd"/n).read_text() if (ROOT/"nskd"/n).exists() else None))
     assert not differing, "run nbdev_export, or remove modules that no notebook makes"
 
@@ -141,8 +141,8 @@ def test_torchvision_is_imported_in_one_place(path):
     found = sorted(imports(path))
     assert not [f"line {line}" for line, name in found if name.split(".")[0] == "torchvision"], "take it from nskd.vision"
     timm = [line for line, name in found if name.split(".")[0] == "timm"]
-    vision = [line for line, name in found if name in (".vision", "nskd.vision")]
-    assert not timm or vision and vision[0] < timm[0], "timm imports torchvision: import nskd.vision before it"
+    vision = [line for line, name in found if name.endswith("vision")]
+    assert not timm or vision and vision[0] < timm[0], "timm imports torchvision: import nskd.engine.vision before it"
 
 
 def test_versions_agree():
@@ -194,7 +194,8 @@ class TestMake:
     def test_every_notebook_has_a_target(self):
         plan = lambda *words: self.make("-n", "-o", ".venv/.ok", *words).stdout
         for name in RUNS - {"table2", "table4", "claims"} | STUDIES:
-            assert f".venv/bin/papermill nbs/{name}.ipynb 'outputs/{name}.ipynb'  -p seeds 2\n" in plan(name, "ARGS=-p seeds 2"), name
+            there = next(p for p in NOTEBOOKS if p.stem == name).relative_to(ROOT)
+            assert f".venv/bin/papermill {there} 'outputs/{name}.ipynb'  -p seeds 2\n" in plan(name, "ARGS=-p seeds 2"), name
         assert ".venv/bin/papermill nbs/claims.ipynb 'outputs/claims.ipynb' -p source fresh -p absent all" in plan("claims")
         assert "'elsewhere/t.ipynb'" in plan("table7", "OUT=elsewhere/t.ipynb") and "mkdir" in plan("tables")
 
@@ -209,7 +210,7 @@ class TestMake:
     def test_tables_runs_all_goes_on_after_a_failure_and_names_it(self, tmp_path):
         shutil.copy(ROOT/"Makefile", tmp_path)
         for name in ("requirements.txt", "pyproject.toml", ".venv/bin/x", "nbs/table2.ipynb", "nbs/figure1.ipynb", "nbs/theory.ipynb", "nbs/claims.ipynb",
-                     "nbs/01_data.ipynb"):
+                     "nbs/method/09_data.ipynb"):
             (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path/name).touch()
         for name, script in (("papermill", 'echo "$1" >> ran; test "$1" != nbs/table2.ipynb'), ("python", "true")):
@@ -263,7 +264,7 @@ def test_wheel_holds_the_modules_and_the_licence(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path/"dist").glob("nskd-*-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"nskd/{p.name}" for p in MODULES} == {n for n in names if n.startswith("nskd/")}
+    assert {p.relative_to(ROOT).as_posix() for p in MODULES} == {n for n in names if n.startswith("nskd/")}
     assert any(n.endswith("licenses/LICENSE") for n in names)
     entry = next(n for n in names if n.endswith("entry_points.txt"))
     assert "nskd = nskd._modidx:d" in zipfile.ZipFile(wheel).read(entry).decode()

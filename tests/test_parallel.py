@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from nskd.checkpoints import Checkpoints
+from nskd.engine.checkpoints import Checkpoints
 from nskd.distillation import DistillConfig, _Job, distill
 from faults import finish, start
 from nskd.norms import align_batch
-from nskd.parallel import current, main, over_processes, processes, sum_gradients
-from nskd.runs import load_tensors, tensors_key
+from nskd.engine.shared_batch import current, over_processes, processes, sum_gradients
+from nskd.practice.torchrun import main
+from nskd.engine.files import load_tensors
+from nskd.engine.keys import tensors_key
 
 ROOT = Path(__file__).resolve().parents[1]
 # 26 rows: 6 and 7 for four processes. Adam turns rounding into steps of size lr where a gradient is zero, hence the small one.
@@ -219,7 +221,7 @@ def test_a_failing_process_ends_the_job_with_its_own_words(found):
 
 
 def test_torchrun_names_a_killed_process(tmp_path):
-    (tmp_path/"die.py").write_text("import os, signal, torch\nfrom nskd.parallel import processes\nwith processes() as group:\n"
+    (tmp_path/"die.py").write_text("import os, signal, torch\nfrom nskd.engine.shared_batch import processes\nwith processes() as group:\n"
                                    "    if group.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n    group.sum(torch.zeros(1))\n")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", tmp_path/"die.py"], env=env, capture_output=True, text=True)

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from nskd.benchmark import Case, step_flops
-from nskd.data import Dataset
-from nskd.deploy import accuracy_by_batch_size
+from nskd.dataset import Dataset
+from nskd.practice.deploy import accuracy_by_batch_size
 from nskd.distillation import DistillConfig, distill
-from nskd.machine import pick_student_precision, pick_teacher_precision
+from nskd.engine.hardware import pick_student_precision, pick_teacher_precision
 from nskd.models import create_model
-from nskd.preflight import preflight
+from nskd.diagnostics.preflight import preflight
 from nskd.teachers import teacher_recipe, train_teacher
 
 
 @pytest.fixture(params=["0", "1"], ids=["fp32", "bf16"])
 def bf16(request, monkeypatch):
     "The forced answer to whether this machine gains by bfloat16."
-    from nskd.machine import gains_by_bf16
+    from nskd.engine.hardware import gains_by_bf16
     monkeypatch.setenv("NSKD_BF16", request.param)
     gains_by_bf16.cache_clear()
     yield request.param == "1"
@@ -70,7 +70,7 @@ def test_the_benchmarks_command_works(case, answer, repo):
 
 
 def test_a_forced_answer_is_checked(monkeypatch):
-    from nskd.machine import gains_by_bf16
+    from nskd.engine.hardware import gains_by_bf16
     monkeypatch.setenv("NSKD_BF16", "yes")
     gains_by_bf16.cache_clear()
     with pytest.raises(ValueError, match="NSKD_BF16 must be one of 0, 1"): gains_by_bf16("cpu")

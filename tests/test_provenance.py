@@ -1,4 +1,4 @@
-"""nskd.runs.explain over everything that is published: the command it prints is papermill's, and gives the parameters that are recorded."""
+"""nskd.experiments.explain.explain over everything that is published: the command it prints is papermill's, and gives the parameters that are recorded."""
 import json, re, shlex, subprocess, sys
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import pytest
 import yaml
 from papermill.cli import _resolve_type
 
-from nskd import runs
+from nskd.engine.files import notebook_path
+from nskd.experiments import explain as runs
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(p.parent for p in (ROOT/"outputs/published").glob("*/*/results.json"))
@@ -44,7 +45,7 @@ def test_the_command_gives_the_recorded_parameters(folder):
     results = json.loads((folder/"results.json").read_text())
     (told,) = runs.explain(folder)
     commit, notebook, output, given = parsed(told["command"])
-    assert commit == results["provenance"]["commit"] and output == f"outputs/{folder.name}.ipynb" and (ROOT/notebook).exists()
+    assert commit == results["provenance"]["commit"] and output == f"outputs/{folder.name}.ipynb" and notebook_path(Path(notebook).stem, ROOT).exists()
     executed = json.loads((folder/"executed.ipynb").read_text())
     defaults = parameters_of(executed)
     assert set(given) <= set(defaults), "papermill passes over a name that the notebook has not"
@@ -102,7 +103,7 @@ def test_what_is_no_result_is_said_in_one_sentence(wrong, says, monkeypatch):
 
 
 def test_on_the_command_line():
-    call = lambda *words: subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-m", "nskd.runs", *words], cwd=ROOT, capture_output=True, text=True)
+    call = lambda *words: subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-m", "nskd.experiments.explain", *words], cwd=ROOT, capture_output=True, text=True)
     good, bad, usage = call("explain", "outputs/published/digits/table2-r34"), call("explain", "table2.nothing"), call()
     assert good.returncode == 0 and "papermill nbs/table2.ipynb" in good.stdout and not good.stderr
     assert bad.returncode == 1 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and usage.returncode == 2

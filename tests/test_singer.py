@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from nskd.artifacts import amplified, artifact_report, artifact_unit, emptiest_patches, plant_artifacts
+from nskd.singer.artifacts import amplified, artifact_report, artifact_unit, emptiest_patches, plant_artifacts
 from nskd.models import create_model
-from nskd.singer import Singer, SingerAdapter, block_features, left_nullspace, linearised_ffn, transformer_blocks
+from nskd.singer.adapter import Singer, SingerAdapter, block_features, left_nullspace, linearised_ffn, transformer_blocks
 from test_tables import check_refused, check_smoke_results
 
 CLAIMS = {"singer_table1": 21, "singer_table4": 23, "singer_figures": 14}

@@ -13,14 +13,15 @@ from papermill.cli import _resolve_type
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from nskd.machine import threads
+from nskd.engine.files import notebook_path
+from nskd.engine.hardware import threads
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def papermill(repo, notebook, output, *args, outputs=None):
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"NSKD_OUTPUTS": str(outputs or output.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "papermill", str(repo/f"nbs/{notebook}.ipynb"), str(output), *map(str, args)],
+    return subprocess.run([sys.executable, "-m", "papermill", str(notebook_path(notebook, repo)), str(output), *map(str, args)],
                           cwd=output.parent, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
@@ -29,7 +30,7 @@ def run_here(repo, notebook, output, *args, folder=None, **env):
     with pytest.MonkeyPatch.context() as m, threads(1):
         m.setenv("NSKD_OUTPUTS", str(output.parent)); m.delenv("IN_TEST", raising=False); m.chdir(folder or output.parent); m.setattr(sys, "path", list(sys.path))
         for name, value in env.items(): m.setenv(name, value)
-        given = repo/f"nbs/{notebook}.ipynb"
+        given = notebook_path(notebook, repo)
         if args: nbformat.write(parameterize_notebook(load_notebook_node(str(given)), parameters(args)), given := output.with_name(f"given-{output.name}"))
         try: CaptureShell().execute(str(given), str(output), exc_stop=True)
         except Exception as e: return SimpleNamespace(returncode=1, stderr="".join(traceback.format_exception(e)))
@@ -39,7 +40,7 @@ def run_here(repo, notebook, output, *args, folder=None, **env):
 
 def run_smoke(repo, notebook, output):
     "The notebook at the smoke tier, by its own choice under test, kept in `output`."
-    return run_here(repo, notebook, output, folder=repo/"nbs", IN_TEST="1")
+    return run_here(repo, notebook, output, folder=notebook_path(notebook, repo).parent, IN_TEST="1")
 
 
 def smoke_runs(repo, base, names):
@@ -73,7 +74,7 @@ def check_refused(repo, tmp_path, name, args, words, folder=None):
 
     papermill's words and its injected cell, but the cells run here: a kernel for each would take seconds.
     """
-    notebook = parameterize_notebook(load_notebook_node(str(repo/f"nbs/{name}.ipynb")), parameters(args))
+    notebook = parameterize_notebook(load_notebook_node(str(notebook_path(name, repo))), parameters(args))
     with pytest.MonkeyPatch.context() as m, pytest.raises((ValueError, OSError)) as said:
         m.setenv("NSKD_OUTPUTS", str(tmp_path/"results")); m.delenv("IN_TEST", raising=False); m.chdir(folder or tmp_path)
         namespace = {"__name__": "__main__"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nskd.data import load_dataset
-from nskd.runs import tensors_key
+from nskd.engine.keys import tensors_key
 from nskd.teachers import TeacherRecipe, train_teacher
 
 
@@ -40,8 +40,8 @@ def test_a_diverging_teacher_says_at_which_step():
 def test_a_teacher_that_a_grid_trained_is_found_from_a_notebook_with_more_threads(monkeypatch):
     "Only tiny images pin the thread count, which is part of what a teacher is."
     import nskd.teachers
-    from nskd.experiments import train_teachers, trained_teacher
-    from nskd.parameters import TeacherCell
+    from nskd.experiments.runner import train_teachers, trained_teacher
+    from nskd.experiments.cells import TeacherCell
     monkeypatch.setattr(nskd.teachers, "is_small", lambda shape: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -51,6 +51,6 @@ def test_a_teacher_that_a_grid_trained_is_found_from_a_notebook_with_more_thread
         net, = train_teachers([cell], workers=1)
         assert net is not None and net.record["cached"] and torch.get_num_threads() == 2
         with monkeypatch.context() as m:                   # and a grid that finds it starts no process
-            m.setattr("nskd.experiments.run_parallel", None)
+            m.setattr("nskd.engine.workers.run_parallel", None)
             assert train_teachers([cell], workers=2)[0].record["key"] == net.record["key"]
     finally: torch.set_num_threads(threads)

@@ -8,10 +8,10 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 from torch import nn
 
-from nskd import theory as t
+from nskd.theory import laws as t
 from nskd.models import create_model
 from nskd.samplers import create_sampler
-from nskd.theory_runs import selfless_head
+from nskd.tables.theory import selfless_head
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

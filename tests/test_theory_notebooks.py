@@ -4,9 +4,9 @@ import json
 import pandas as pd
 import pytest
 
-from nskd.attention_runs import AttentionParameters, run_attention
-from nskd.experiments import check_parameters
-from nskd.theory_runs import TheoryParameters, run_theory
+from nskd.tables.attention import AttentionParameters, run_attention
+from nskd.experiments.parameters import check_parameters
+from nskd.tables.theory import TheoryParameters, run_theory
 from test_tables import check_smoke_results
 
 pytestmark = pytest.mark.filterwarnings("ignore")
