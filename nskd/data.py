@@ -27,13 +27,19 @@ def _digits():
     "scikit-learn's handwritten digits: 8x8, brightness 0 to 16; 1,347 for training, 450 for testing."
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(images.astype(np.uint8)).view(-1, 1, 8, 8)
     train, test = train_test_split(np.arange(len(x)), test_size=0.25, stratify=labels, random_state=0)
     parts, y = {"train": train, "test": test}, torch.from_numpy(labels).long()
-    return Dataset("digits", {s: x[i] for s, i in parts.items()}, {s: y[i] for s, i in parts.items()},
-                   map(str, range(10)), white=16,
-                   source="the UCI handwritten digits that ship inside scikit-learn, a fixed quarter of them for testing")
+    return Dataset(
+        "digits",
+        {s: x[i] for s, i in parts.items()},
+        {s: y[i] for s, i in parts.items()},
+        map(str, range(10)),
+        white=16,
+        source="the UCI handwritten digits that ship inside scikit-learn, a fixed quarter of them for testing",
+    )
 
 
 def _pairs(labels, per_class, generator):
@@ -55,22 +61,61 @@ def _digits100():
         left, right = _pairs(digits._labels[split], per_class, g)
         pixels[split] = torch.cat([x[left], x[right]], 3)
         labels[split] = torch.arange(100).repeat_interleave(per_class)
-    return Dataset("digits100", pixels, labels, [f"{c:02}" for c in range(100)], white=16,
-                   source="pairs of scikit-learn's handwritten digits; training and test pairs share no source image")
+    return Dataset(
+        "digits100",
+        pixels,
+        labels,
+        [f"{c:02}" for c in range(100)],
+        white=16,
+        source="pairs of scikit-learn's handwritten digits; training and test pairs share no source image",
+    )
 
 # %% ../nbs/method/09_data.ipynb #3655706b
-_MNIST_FILES = "train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz t10k-images-idx3-ubyte.gz t10k-labels-idx1-ubyte.gz"
+_MNIST_FILES = (
+    "train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz t10k-images-idx3-ubyte.gz t10k-labels-idx1-ubyte.gz"
+)
 # name: (torchvision's class, mean, std, the files it wants, the folder below the root, where they are published)
 _DOWNLOADS = {
-    "mnist": ("MNIST", (0.1307,), (0.3081,), _MNIST_FILES, "MNIST/raw", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
-    "fashionmnist": ("FashionMNIST", (0.2860,), (0.3530,), _MNIST_FILES, "FashionMNIST/raw",
-                     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
-    "svhn": ("SVHN", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), "train_32x32.mat test_32x32.mat", "",
-             "http://ufldl.stanford.edu/housenumbers/"),
-    "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar-10-python.tar.gz", "",
-                "https://www.cs.toronto.edu/~kriz/"),
-    "cifar100": ("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar-100-python.tar.gz", "",
-                 "https://www.cs.toronto.edu/~kriz/"),
+    "mnist": (
+        "MNIST",
+        (0.1307,),
+        (0.3081,),
+        _MNIST_FILES,
+        "MNIST/raw",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    ),
+    "fashionmnist": (
+        "FashionMNIST",
+        (0.2860,),
+        (0.3530,),
+        _MNIST_FILES,
+        "FashionMNIST/raw",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    ),
+    "svhn": (
+        "SVHN",
+        (0.4377, 0.4438, 0.4728),
+        (0.1980, 0.2010, 0.1970),
+        "train_32x32.mat test_32x32.mat",
+        "",
+        "http://ufldl.stanford.edu/housenumbers/",
+    ),
+    "cifar10": (
+        "CIFAR10",
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        "cifar-10-python.tar.gz",
+        "",
+        "https://www.cs.toronto.edu/~kriz/",
+    ),
+    "cifar100": (
+        "CIFAR100",
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        "cifar-100-python.tar.gz",
+        "",
+        "https://www.cs.toronto.edu/~kriz/",
+    ),
 }
 
 # %% ../nbs/method/09_data.ipynb #7024204a
@@ -79,14 +124,19 @@ def _explain_download(name, root, download):
     "Turns whatever a download fails with into one sentence that says which files to put where."
     *_, files, below, url = _DOWNLOADS[name]
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)         # torchvision sets none, and would wait for a silent server forever
-    try: yield
+    socket.setdefaulttimeout(30)  # torchvision sets none, and would wait for a silent server forever
+    try:
+        yield
     except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zlib.error) as e:
         advice = f"put {', '.join(files.split())} from {url} into {root / below} and load it with download=True"
-        why = (f"could not be fetched ({reason(e)})" if download else
-               f"is not in {root}, and download=False forbids fetching it")
+        why = (
+            f"could not be fetched ({reason(e)})"
+            if download
+            else f"is not in {root}, and download=False forbids fetching it"
+        )
         raise FileNotFoundError(f"{name} {why}: {advice}, which then needs no network") from None
-    finally: socket.setdefaulttimeout(before)
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _nchw(images):
@@ -97,23 +147,36 @@ def _nchw(images):
 
 class _Arrays(pickle.Unpickler):
     "Reads pickles of arrays, lists, text and numbers, which is what CIFAR's files hold, and refuses those of anything else."
+
     def find_class(self, module, name):
-        if name in {"numpy": ("ndarray", "dtype"), "numpy.core.multiarray": ("_reconstruct",), "numpy._core.multiarray": ("_reconstruct",)}.get(module, ()): return super().find_class(module, name)
-        raise ValueError(f"a file of the data set is a pickle that asks for {module}.{name}, which no images need: get the set anew")
+        if name in {
+            "numpy": ("ndarray", "dtype"),
+            "numpy.core.multiarray": ("_reconstruct",),
+            "numpy._core.multiarray": ("_reconstruct",),
+        }.get(module, ()):
+            return super().find_class(module, name)
+        raise ValueError(
+            f"a file of the data set is a pickle that asks for {module}.{name}, which no images need: get the set anew"
+        )
 
 
 @contextmanager
 def _arrays_only(datasets):
     "torchvision's CIFAR unpickles whatever it finds; in here, with `_Arrays`."
-    if not (cifar := getattr(datasets, "cifar", None)): yield; return
+    if not (cifar := getattr(datasets, "cifar", None)):
+        yield
+        return
     before, cifar.pickle = cifar.pickle, SimpleNamespace(load=lambda file, **options: _Arrays(file, **options).load())
-    try: yield
-    finally: cifar.pickle = before
+    try:
+        yield
+    finally:
+        cifar.pickle = before
 
 
 def _from_torchvision(name, root, download):
     "One of `_DOWNLOADS`, by way of torchvision, below `root`."
     from nskd.engine.vision import torchvision
+
     kind, mean, std, *_ = _DOWNLOADS[name]
     root = Path(root or os.environ.get("NSKD_DATA") or "~/.cache/nskd/data").expanduser()
     pixels, labels = {}, {}
@@ -146,27 +209,32 @@ def load_dataset(name, root=None, download=True, image_size=None, max_bytes=4 * 
 
     Raises FileNotFoundError where files are missing, ValueError for an unknown name, a wrong layout or unreadable images.
     """
-    if not isinstance(name, (str, os.PathLike)): raise _unknown(name)
+    if not isinstance(name, (str, os.PathLike)):
+        raise _unknown(name)
     if image_size is not None:
         check_whole("image_size", image_size)
         image_size = int(image_size)
     if name not in list_datasets():
         path = _existing(name, root)
-        from nskd.image_files import _from_path          # it imports this module
+        from nskd.image_files import _from_path  # it imports this module
+
         return _from_path(path, image_size, max_bytes)
     simple = {"digits": _digits, "digits100": _digits100}
     ds = simple[name]() if name in simple else _from_torchvision(name, root, download)
     if image_size not in (None, ds.image_size):
-        raise ValueError(f"{name} has image_size {ds.image_size} and is not resized to {image_size}: "
-                         "only images from a path are")
+        raise ValueError(
+            f"{name} has image_size {ds.image_size} and is not resized to {image_size}: only images from a path are"
+        )
     return ds
 
 
 def _existing(name, root):
     "The path that `name` means, or an error with the nearest thing that exists."
     path = Path(root or ".").expanduser() / Path(name).expanduser()
-    if path.exists(): return path
-    if len(Path(name).parts) == 1 and not Path(name).suffix and isinstance(name, str): raise _unknown(name)
+    if path.exists():
+        return path
+    if len(Path(name).parts) == 1 and not Path(name).suffix and isinstance(name, str):
+        raise _unknown(name)
     beside = os.listdir(path.parent) if path.parent.is_dir() else []
     raise FileNotFoundError(f"{path} does not exist{did_you_mean(path.name, beside)}")
 
@@ -174,5 +242,7 @@ def _existing(name, root):
 def _unknown(name):
     "The error for a `name` that is neither in the list nor a path."
     names = list_datasets()
-    return ValueError(f"name must be one of {', '.join(names)}, or the path of a folder or archive, "
-                      f"not {name!r}{did_you_mean(name, names)}")
+    return ValueError(
+        f"name must be one of {', '.join(names)}, or the path of a folder or archive, "
+        f"not {name!r}{did_you_mean(name, names)}"
+    )

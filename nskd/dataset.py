@@ -28,7 +28,7 @@ def channel_mean_std(pixels, white):
     n = pixels.numel() // pixels.shape[1]
     mean = total.double() / n
     std = (square.double() / n - mean**2).clamp(min=0).sqrt()
-    std[std == 0] = white            # a constant channel: divide by one instead of by zero
+    std[std == 0] = white  # a constant channel: divide by one instead of by zero
     return (mean / white).float(), (std / white).float()
 
 # %% ../nbs/method/11_dataset.ipynb #53d60dfd
@@ -38,9 +38,11 @@ def _ahead(fetch, parts):
         waiting = None
         for part in parts:
             coming = pool.submit(fetch, part)
-            if waiting is not None: yield waiting.result()
+            if waiting is not None:
+                yield waiting.result()
             waiting = coming
-        if waiting is not None: yield waiting.result()
+        if waiting is not None:
+            yield waiting.result()
 
 # %% ../nbs/method/11_dataset.ipynb #dd77aadb
 def did_you_mean(word, words):
@@ -75,14 +77,17 @@ class Dataset:
     `pixels` and `labels` are dicts by split: uint8 (N, C, H, W) where `white` is the brightest value, and int64 (N,).
     `mean` and `std` left out are those of the training pixels, of a fixed random 2,000 of them if they are not in memory.
     """
-    def __init__(self, name, pixels, labels, class_names, mean=None, std=None, white=255, source="", note="",
-                 fingerprint=None):
+
+    def __init__(
+        self, name, pixels, labels, class_names, mean=None, std=None, white=255, source="", note="", fingerprint=None
+    ):
         self.name, self.class_names, self.source, self.note = name, list(class_names), source, note
         self._pixels, self._labels, self._white = pixels, labels, white
         if mean is None or std is None:
             mean, std = channel_mean_std(self._some_training_pixels(), white)
         self.mean, self.std = torch.as_tensor(mean).float(), torch.as_tensor(std).float()
-        if fingerprint: self.fingerprint = fingerprint
+        if fingerprint:
+            self.fingerprint = fingerprint
 
     num_classes = property(lambda self: len(self.class_names))
     shape = property(lambda self: tuple(self._pixels["train"].shape[1:]), doc="(C, H, W).")
@@ -99,13 +104,16 @@ class Dataset:
 
     def _some_training_pixels(self):
         pixels = self._pixels["train"]
-        if isinstance(pixels, torch.Tensor): return pixels
+        if isinstance(pixels, torch.Tensor):
+            return pixels
         return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:2000]]
 
     def _all(self, split):
         if not isinstance(self._pixels[split], torch.Tensor):
-            raise RuntimeError(f"{self.name} is too large to be held in memory: read it with "
-                               f"ds.batches({split!r}, batch_size), or raise load_dataset's max_bytes")
+            raise RuntimeError(
+                f"{self.name} is too large to be held in memory: read it with "
+                f"ds.batches({split!r}, batch_size), or raise load_dataset's max_bytes"
+            )
         return self._normalise(self._pixels[split])
 
     def _normalise(self, pixels):

@@ -23,28 +23,41 @@ from pydantic import BeforeValidator, Field, model_validator
 import torch
 from tqdm import tqdm
 
-from .engine.alignment_kernel import quick_group_norms
+from .engine.alignment_kernel import contiguous_group_norms
 from .engine.checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
 from .engine.config import Config, first_line
 from .engine.files import file_sha256, load_tensors, read_json, save_tensors, write_bytes, write_json
-from .engine.hardware import autocast, compiled, deterministic, keep_freed_memory, pick_device, pick_student_precision, pick_teacher_precision, round_weights, wait
+from nskd.engine.hardware import (
+    autocast,
+    compiled,
+    deterministic,
+    keep_freed_memory,
+    pick_device,
+    pick_student_precision,
+    pick_teacher_precision,
+    round_weights,
+    synchronize,
+)
 from .engine.keys import code_key, step_seed, tensors_key
-from .engine.runs import finished_record, held, make_ledger, provenance
+from .engine.runs import finished_record, directory_lock, make_ledger, provenance
 from .engine.shared_batch import check_rows, current, over_processes, sum_gradients
 from .evaluation import evaluate_modes
 from .information import pick_alpha
 from .losses import kd_loss, luminet_loss, pseudo_label_loss
 from .norms import check_alpha, resolve_teacher_mode, teacher_context
 from .samplers import create_sampler
-from .supervision import Supervisor, balance
-from .teachers import train_teacher
+from .supervision import TeacherBatches, balance
+from .teachers import train_teacher  # noqa: F401
 
 _all_ = ["train_teacher"]  # teacher and student in one import
 
 # %% ../nbs/method/05_distillation.ipynb #4408b280
-Alpha = Annotated[Any, BeforeValidator(lambda v: v if v == "auto" else check_alpha(v))]        # a float from 0 to 1, or "auto"
+Alpha = Annotated[
+    Any, BeforeValidator(lambda v: v if v == "auto" else check_alpha(v))
+]  # a float from 0 to 1, or "auto"
 
 Schedule = Literal["plateau", "cosine", "linear", "constant", "plateau_on_test_accuracy"]
+
 
 class DistillConfig(Config):
     """What `distill` does; everything that counts steps counts optimiser steps.
@@ -65,6 +78,7 @@ class DistillConfig(Config):
     `average`: decay of an exponential average of the student's weights (timm's, which begins with a shorter one), which is what is judged and returned.
     `compile`: have `torch.compile` make teacher and student faster (`nskd.engine.hardware`), which changes the rounding.
     """
+
     sampler: str = "gaussian"
     teacher_mode: Literal["auto", "rs", "cs", "aligned"] = "auto"
     k: int = Field(4, ge=1)
@@ -96,25 +110,33 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _targets(self):
-        if self.target_contexts and not self.pool_size: raise ValueError("target_contexts keeps one target for each input of a fixed pool: it needs pool_size")
-        if self.target_contexts and self.mixup: raise ValueError("target_contexts keeps one target for each input, and mixup makes new inputs in every step: mixup must be False")
+        if self.target_contexts and not self.pool_size:
+            raise ValueError("target_contexts keeps one target for each input of a fixed pool: it needs pool_size")
+        if self.target_contexts and self.mixup:
+            raise ValueError(
+                "target_contexts keeps one target for each input, and mixup makes new inputs in every step: mixup must be False"
+            )
         return self
 
     def share_of_rate(self, step):
         "What schedule and warm-up leave of the learning rate in `step`, 0 to 1; a plateau's cuts come on top."
-        left = {"cosine": 0.5 * (1 + math.cos(math.pi * step / self.steps)), "linear": 1 - step / self.steps}.get(self.schedule, 1.0)
+        left = {"cosine": 0.5 * (1 + math.cos(math.pi * step / self.steps)), "linear": 1 - step / self.steps}.get(
+            self.schedule, 1.0
+        )
         return left * min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
 
     @property
     def asks(self):
         "Batches that the teacher is asked about in a step."
-        if self.pool_size: return 0 if self.target_contexts else 1
+        if self.pool_size:
+            return 0 if self.target_contexts else 1
         return 1 if self.k == 1 else self.k + self.requery
 
     @property
     def images(self):
         "Noise images drawn in a step, or, from a fixed pool, used."
         return self.batch_size * (1 if self.pool_size else self.k)
+
 
 # how a run is stored and for how long it may work has no part in what it computes
 NOT_IDENTITY = ("budget_seconds", "checkpoint_every")
@@ -123,23 +145,35 @@ NOT_IDENTITY = ("budget_seconds", "checkpoint_every")
 def ledger_of(cfg, sampler_uses_data=""):
     "The ledger of a run of `cfg` (see `nskd.engine.runs.make_ledger`), derived, not typed; `sampler_uses_data`: a `Sampler`'s own words."
     used = {}
-    if sampler_uses_data: used["sampler"] = used["normalisation"] = sampler_uses_data
-    if cfg.schedule == "plateau_on_test_accuracy": used["schedule"] = "labels of the test images, at every evaluation"
-    return {**make_ledger(**used),
-            "accuracies": {"cs": "statistics of the unlabelled test batches", "rs": "nothing real", "recal": "unlabelled images"}}
+    if sampler_uses_data:
+        used["sampler"] = used["normalisation"] = sampler_uses_data
+    if cfg.schedule == "plateau_on_test_accuracy":
+        used["schedule"] = "labels of the test images, at every evaluation"
+    return {
+        **make_ledger(**used),
+        "accuracies": {
+            "cs": "statistics of the unlabelled test batches",
+            "rs": "nothing real",
+            "recal": "unlabelled images",
+        },
+    }
 
 # %% ../nbs/method/05_distillation.ipynb #f30c7a27
 def _loss(z_s, z_t, cfg):
     "The loss that `cfg` names, of the student's and the teacher's logits; LumiNet's as a mean over the batch, like the others."
-    if cfg.loss == "kd": return kd_loss(z_s, z_t, cfg.tau, cfg.scale_by_tau2)
-    if cfg.loss == "luminet": return luminet_loss(z_s, z_t, cfg.tau, "released", check=False) * (cfg.tau ** 2 if cfg.scale_by_tau2 else 1)
+    if cfg.loss == "kd":
+        return kd_loss(z_s, z_t, cfg.tau, cfg.scale_by_tau2)
+    if cfg.loss == "luminet":
+        return luminet_loss(z_s, z_t, cfg.tau, "released", check=False) * (cfg.tau**2 if cfg.scale_by_tau2 else 1)
     return pseudo_label_loss(z_s, z_t)
+
 
 OPTIMISERS = {"adam": partial(torch.optim.Adam, fused=True), "adamw": partial(torch.optim.AdamW, fused=True)}
 
+
 def _average_of(student, decay):
-    import nskd.engine.vision                             # before timm, which imports torchvision
     from timm.utils import ModelEmaV3
+
     return ModelEmaV3(student, decay, use_warmup=True)
 
 # %% ../nbs/method/05_distillation.ipynb #0021c087
@@ -147,48 +181,58 @@ class _Job:
     def __init__(self, teacher, student, cfg, draw, test_data, recal_images, num_classes, device):
         self.teacher, self.student, self.cfg, self.device = teacher, student, cfg, device
         self.test_data, self.recal_images = test_data, recal_images
-        self.supervise = Supervisor(teacher, draw, cfg, num_classes, device)
-        self.learn = student                       # or the same, compiled
+        self.supervise = TeacherBatches(teacher, draw, cfg, num_classes, device)
+        self.learn = student  # or the same, compiled
         self.opt = OPTIMISERS[cfg.optimiser](student.parameters(), cfg.lr)
         self.average = _average_of(student, cfg.average) if cfg.average else None
         on_accuracy = cfg.schedule == "plateau_on_test_accuracy"
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.opt, "max" if on_accuracy else "min", factor=cfg.plateau_factor, patience=cfg.plateau_patience)
-        self.lr = cfg.lr                           # which a plateau cuts
+            self.opt, "max" if on_accuracy else "min", factor=cfg.plateau_factor, patience=cfg.plateau_patience
+        )
+        self.lr = cfg.lr  # which a plateau cuts
         self.step, self.seconds, self.history, self.best, self.best_state = 0, 0.0, [], None, {}
         self.unchecked, self.loss_sum, self.loss_count = [], torch.zeros((), dtype=torch.float64, device=device), 0
-        self.bad_step = None                       # at which the numbers stopped being finite
+        self.bad_step = None  # at which the numbers stopped being finite
 
     @property
     def learnt(self):
         "The network that is judged, kept and returned."
         return self.average.module if self.average else self.student
 
-    def student_precision(self): return autocast(self.device, pick_student_precision(self.cfg.precision, self.device, self.supervise.draw.shape))
+    def student_precision(self):
+        return autocast(self.device, pick_student_precision(self.cfg.precision, self.device, self.supervise.draw.shape))
 
-    def make_batch(self, step): return self.supervise.make(torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, step)))
+    def make_batch(self, step):
+        return self.supervise.make(torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, step)))
 
     def look(self):
         "Inputs, the teacher's and the student's logits, and the loss of the step that comes next."
         cfg = self.cfg
-        torch.manual_seed(step_seed(cfg.seed, f"{self.step}/student"))       # what the student draws itself: dropout
+        torch.manual_seed(step_seed(cfg.seed, f"{self.step}/student"))  # what the student draws itself: dropout
         x, z_t, seen = self.make_batch(self.step)
         self.supervise.count(seen)
-        with self.student_precision(): z_s = over_processes(self.learn, x)
+        with self.student_precision():
+            z_s = over_processes(self.learn, x)
         return x, z_t, z_s, _loss(z_s, z_t, cfg)
 
     def take_step(self):
         cfg = self.cfg
-        self.opt.zero_grad()                       # before the teacher is asked, who has their memory then
+        self.opt.zero_grad()  # before the teacher is asked, who has their memory then
         _, z_t, _, loss = self.look()
         # a pseudo-label hides a NaN of the teacher: argmax always finds a class
         self.unchecked.append((self.step, loss.detach() + 0 * z_t.sum()))
         # a look at the loss makes a GPU wait, so there it is taken every 50 steps
-        if self.device.type == "cpu" or len(self.unchecked) >= 50: self.check_finite()
+        if self.device.type == "cpu" or len(self.unchecked) >= 50:
+            self.check_finite()
         self._set_lr(self.lr * cfg.share_of_rate(self.step))
-        loss.backward(); sum_gradients(self.student.parameters()); self.opt.step()
-        if self.average: self.average.update(self.student, self.step)
-        self.loss_sum += loss.detach(); self.loss_count += 1; self.step += 1
+        loss.backward()
+        sum_gradients(self.student.parameters())
+        self.opt.step()
+        if self.average:
+            self.average.update(self.student, self.step)
+        self.loss_sum += loss.detach()
+        self.loss_count += 1
+        self.step += 1
 
     def check_finite(self, weights=False):
         "FloatingPointError at the first unchecked step with a loss, or (with `weights`) after the last with weights, that are not finite."
@@ -196,7 +240,8 @@ class _Job:
             steps, losses = zip(*self.unchecked)
             self.unchecked = []
             bad = ~torch.isfinite(torch.stack(losses))
-            if bad.any(): self._say_whose(steps[int(bad.int().argmax())])
+            if bad.any():
+                self._say_whose(steps[int(bad.int().argmax())])
         if weights and not all(torch.isfinite(p).all() for p in self.student.parameters()):
             self.bad_step = self.step - 1
             raise FloatingPointError(f"step {self.bad_step}: the student's weights are not finite after it; lower lr")
@@ -205,20 +250,30 @@ class _Job:
         self.bad_step = step
         z = self.make_batch(step)[1]
         who = "the student's" if torch.isfinite(z).all() else "the teacher's"
-        raise FloatingPointError(f"step {step}: {who} logits are not finite; "
-                                 + ("lower lr, a checkpoint in run_dir is of an earlier step" if who == "the student's" else "check its weights"))
+        raise FloatingPointError(
+            f"step {step}: {who} logits are not finite; "
+            + (
+                "lower lr, a checkpoint in run_dir is of an earlier step"
+                if who == "the student's"
+                else "check its weights"
+            )
+        )
 
     def _set_lr(self, lr):
-        for group in self.opt.param_groups: group["lr"] = lr
+        for group in self.opt.param_groups:
+            group["lr"] = lr
 
     def evaluate(self, seconds):
         "Add a row to the history, step the plateau schedule, keep the best weights."
         self.check_finite(weights=True)
         cfg, row = self.cfg, current().on_first(lambda: self._row(seconds))
         self.history.append(row)
-        if watched := {"plateau": "loss", "plateau_on_test_accuracy": "accuracy_cs"}.get(cfg.schedule): self._step_plateau(row[watched])
+        if watched := {"plateau": "loss", "plateau_on_test_accuracy": "accuracy_cs"}.get(cfg.schedule):
+            self._step_plateau(row[watched])
         self._keep_best(row)
-        self.supervise.reset(); self.loss_sum.zero_(); self.loss_count = 0
+        self.supervise.reset()
+        self.loss_sum.zero_()
+        self.loss_count = 0
 
     def _step_plateau(self, value):
         self._set_lr(self.lr)
@@ -228,51 +283,82 @@ class _Job:
     def _row(self, seconds):
         cfg = self.cfg
         row = {"step": self.step, "images_seen": cfg.images * self.step}
-        row |= {"loss": float(self.loss_sum) / max(1, self.loss_count), "lr": self.opt.param_groups[0]["lr"], "seconds": round(seconds, 3)}
+        row |= {
+            "loss": float(self.loss_sum) / max(1, self.loss_count),
+            "lr": self.opt.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+        }
         if self.test_data is not None:
-            row |= {f"accuracy_{m}": a for m, a in evaluate_modes(self.learnt, *self.test_data, recal_images=self.recal_images).items()}
+            row |= {
+                f"accuracy_{m}": a
+                for m, a in evaluate_modes(self.learnt, *self.test_data, recal_images=self.recal_images).items()
+            }
         return row | {f"balance_{k}": balance(v) for k, v in self.supervise.tally.items() if v.sum() > 0}
 
     def _keep_best(self, row):
         by = "accuracy_cs" if self.test_data is not None else "loss"
         better = self.best is None or (row[by] > self.best[by] if by == "accuracy_cs" else row[by] < self.best[by])
         if better:
-            self.best = {**row, "chosen_by": "accuracy in CS mode on the labelled test images" if by == "accuracy_cs" else "distillation loss, no labels"}
+            self.best = {
+                **row,
+                "chosen_by": "accuracy in CS mode on the labelled test images"
+                if by == "accuracy_cs"
+                else "distillation loss, no labels",
+            }
             self.best_state = {k: v.detach().clone() for k, v in self.learnt.state_dict().items()}
 
     def finish(self):
         "The student becomes what is returned."
-        if self.average: self.student.load_state_dict(self.average.module.state_dict())
+        if self.average:
+            self.student.load_state_dict(self.average.module.state_dict())
 
     def tensors(self):
         out = {f"student/{k}": v for k, v in self.student.state_dict().items()}
         out |= {f"best/{k}": v for k, v in self.best_state.items()}
-        if self.average: out |= {f"average/{k}": v for k, v in self.average.module.state_dict().items()}
+        if self.average:
+            out |= {f"average/{k}": v for k, v in self.average.module.state_dict().items()}
         out |= optimiser_tensors(self.opt)
         return out | {f"tally/{k}": v for k, v in self.supervise.tally.items()} | {"loss_sum": self.loss_sum}
 
     def meta(self):
-        return {"step": self.step, "seconds": self.seconds, "history": self.history, "best": self.best, "loss_count": self.loss_count,
-                "lr": self.lr, "plateau": {k: v for k, v in self.plateau.state_dict().items() if k in ("best", "num_bad_epochs", "last_epoch")}}
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "best": self.best,
+            "loss_count": self.loss_count,
+            "lr": self.lr,
+            "plateau": {
+                k: v for k, v in self.plateau.state_dict().items() if k in ("best", "num_bad_epochs", "last_epoch")
+            },
+        }
 
     def restore(self, tensors, meta):
-        part = lambda name: {k.removeprefix(f"{name}/"): v.to(self.device) for k, v in tensors.items() if k.startswith(f"{name}/")}
+        part = lambda name: {
+            k.removeprefix(f"{name}/"): v.to(self.device) for k, v in tensors.items() if k.startswith(f"{name}/")
+        }
         self.student.load_state_dict(part("student"))
         self.best_state, self.loss_sum = part("best"), tensors["loss_sum"].to(self.device)
         self.supervise.tally.update(part("tally"))
         self.supervise.count_pool = False
         restore_optimiser(self.opt, tensors)
-        if self.average: self.average.module.load_state_dict(part("average"))
+        if self.average:
+            self.average.module.load_state_dict(part("average"))
         self.plateau.load_state_dict(meta["plateau"])
-        for name in ("step", "seconds", "history", "best", "loss_count", "lr"): setattr(self, name, meta[name])
+        for name in ("step", "seconds", "history", "best", "loss_count", "lr"):
+            setattr(self, name, meta[name])
 
 # %% ../nbs/method/05_distillation.ipynb #f8b0a7bb
 def _input_shape(teacher, student, sampler, test_data):
-    if sampler is not None: return sampler.shape
+    if sampler is not None:
+        return sampler.shape
     for net in (student, teacher):
-        if getattr(net, "input_shape", None): return tuple(net.input_shape)
-    if test_data is not None: return tuple(test_data[0].shape[1:])
+        if getattr(net, "input_shape", None):
+            return tuple(net.input_shape)
+    if test_data is not None:
+        return tuple(test_data[0].shape[1:])
     raise ValueError("distill can't tell the inputs' shape: pass sampler=create_sampler('gaussian', shape=(C, H, W))")
+
 
 @torch.no_grad()
 def _num_classes(teacher, student, shape, device):
@@ -280,30 +366,41 @@ def _num_classes(teacher, student, shape, device):
     outs = []
     for net, who in ((teacher, "teacher"), (student, "student")):
         with teacher_context(net, "rs"):
-            try: z = net(torch.zeros(2, *shape, device=device))
-            except (RuntimeError, AssertionError, ValueError) as e: raise ValueError(f"the {who} can't be run on inputs of shape {tuple(shape)}: {first_line(e)}") from e
+            try:
+                z = net(torch.zeros(2, *shape, device=device))
+            except (RuntimeError, AssertionError, ValueError) as e:
+                raise ValueError(f"the {who} can't be run on inputs of shape {tuple(shape)}: {first_line(e)}") from e
         if not isinstance(z, torch.Tensor) or z.dim() != 2:
-            raise ValueError(f"the {who}'s output must be logits (batch, classes), not {tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__}")
+            raise ValueError(
+                f"the {who}'s output must be logits (batch, classes), not {tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__}"
+            )
         outs.append(z.shape[1])
-    if outs[0] != outs[1]: raise ValueError(f"the teacher has {outs[0]} classes and the student {outs[1]}: they must be equal")
+    if outs[0] != outs[1]:
+        raise ValueError(f"the teacher has {outs[0]} classes and the student {outs[1]}: they must be equal")
     return outs[0]
+
 
 def _check_test_data(test_data, recal_images, shape, num_classes, cfg):
     if test_data is None:
-        if cfg.schedule == "plateau_on_test_accuracy": raise ValueError("schedule 'plateau_on_test_accuracy' needs test_data=(images, labels)")
+        if cfg.schedule == "plateau_on_test_accuracy":
+            raise ValueError("schedule 'plateau_on_test_accuracy' needs test_data=(images, labels)")
         return
     images, labels = test_data
     for what, x in (("test images", images), ("recal_images", recal_images)):
         if x is not None and (x.dim() != 4 or tuple(x.shape[1:]) != tuple(shape) or len(x) == 0):
             raise ValueError(f"{what} must be (N, {', '.join(map(str, shape))}) like the inputs, not {tuple(x.shape)}")
-    if len(images) != len(labels): raise ValueError(f"test_data holds {len(images)} images but {len(labels)} labels")
+    if len(images) != len(labels):
+        raise ValueError(f"test_data holds {len(images)} images but {len(labels)} labels")
     if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"test labels must be int64 in 0 … {num_classes - 1}, not {labels.dtype} in {labels.min().item()} … {labels.max().item()}")
+        raise ValueError(
+            f"test labels must be int64 in 0 … {num_classes - 1}, not {labels.dtype} in {labels.min().item()} … {labels.max().item()}"
+        )
 
 # %% ../nbs/method/05_distillation.ipynb #3323af26
 @dataclass
 class DistillResult:
     "What `distill` returns; accuracies in percent by BN mode, `history` one row an evaluation, weights in `run_dir`."
+
     student: torch.nn.Module
     history: pd.DataFrame
     accuracy: dict
@@ -313,14 +410,28 @@ class DistillResult:
     seconds: float
     run_dir: Optional[Path] = None
     best_state: dict = field(default_factory=dict, repr=False)
-    alpha: Optional[float] = None              # of batch alignment; None where nothing was aligned
-    step: int = 0                              # steps taken
+    alpha: Optional[float] = None  # of batch alignment; None where nothing was aligned
+    step: int = 0  # steps taken
 
     def summary(self):
         "A JSON-like dict of everything but weights and history."
-        return {k: getattr(self, k) for k in ("state", "accuracy", "best", "seconds", "ledger", "alpha")} | {"steps": int(self.history["step"].max()) if len(self.history) else 0}
+        return {k: getattr(self, k) for k in ("state", "accuracy", "best", "seconds", "ledger", "alpha")} | {
+            "steps": int(self.history["step"].max()) if len(self.history) else 0
+        }
 
-def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler=None, recal_images=None, progress=True, desc=None):
+
+def distill(
+    teacher,
+    student,
+    cfg=None,
+    run_dir=None,
+    test_data=None,
+    *,
+    sampler=None,
+    recal_images=None,
+    progress=True,
+    desc=None,
+):
     """Train `student` to match `teacher` on noise, by `cfg` (a `DistillConfig`); the student is trained in place.
 
     Networks map (B, C, H, W) to logits (B, classes); the teacher is copied and stays as it is. `run_dir`: where the
@@ -333,11 +444,14 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
     Source: NormShift-KD, Eq. 1, Algorithm 2.
     """
     cfg = cfg or DistillConfig()
-    if not isinstance(cfg, DistillConfig): raise ValueError(f"cfg must be a DistillConfig, not {type(cfg).__name__}: DistillConfig(**cfg) makes one of a dict")
+    if not isinstance(cfg, DistillConfig):
+        raise ValueError(
+            f"cfg must be a DistillConfig, not {type(cfg).__name__}: DistillConfig(**cfg) makes one of a dict"
+        )
     job, identity = prepare(teacher, student, cfg, test_data, sampler, recal_images)
     current().check_same({**identity, "run_dir": str(run_dir)})
     store = _Store(run_dir, identity, cfg)
-    with store.held():
+    with store.directory_lock():
         store.check_same()
         state = store.finished(job) or _run(job, store, progress, desc)
         return store.result(job, state, ledger_of(job.cfg, job.supervise.draw.uses_data), test_data is not None)
@@ -346,40 +460,69 @@ def distill(teacher, student, cfg=None, run_dir=None, test_data=None, *, sampler
 def prepare(teacher, student, cfg, test_data, sampler, recal_images):
     "The checked job, and all that its result depends on."
     device = pick_device(cfg.device)
-    if device.type == "cpu": keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     shape = _input_shape(teacher, student, sampler, test_data)
     draw = sampler or create_sampler(cfg.sampler, shape)
     resolve_teacher_mode(teacher, cfg.teacher_mode)
-    frozen = quick_group_norms(copy.deepcopy(teacher)).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    frozen = (
+        contiguous_group_norms(copy.deepcopy(teacher))
+        .requires_grad_(False)
+        .to(device, memory_format=torch.channels_last)
+    )
     student.to(device, memory_format=torch.channels_last)
     num_classes = _num_classes(frozen, student, shape, device)
     _check_test_data(test_data, recal_images, shape, num_classes, cfg)
-    if cfg.compile and current().size > 1: raise ValueError("what several processes share can't be compiled: with compile, start one process")
+    if cfg.compile and current().size > 1:
+        raise ValueError("what several processes share can't be compiled: with compile, start one process")
     check_rows(min(cfg.batch_size, cfg.pool_size or cfg.batch_size))
     cfg = _with_alpha(cfg, frozen, draw, device)
-    if pick_teacher_precision(cfg.precision, device) == "bf16": round_weights(frozen)
+    if pick_teacher_precision(cfg.precision, device) == "bf16":
+        round_weights(frozen)
     if cfg.batch_size < num_classes:
-        warnings.warn(f"a batch of {cfg.batch_size} can't hold all {num_classes} classes: rejection sampling balances over steps only", stacklevel=3)
-    if test_data is not None: test_data = tuple(t.to(device) for t in test_data)
+        warnings.warn(
+            f"a batch of {cfg.batch_size} can't hold all {num_classes} classes: rejection sampling balances over steps only",
+            stacklevel=3,
+        )
+    if test_data is not None:
+        test_data = tuple(t.to(device) for t in test_data)
     job = _Job(frozen, student, cfg, draw, test_data, recal_images, num_classes, device)
     return job, _identity(cfg, device, teacher, student, draw, test_data, recal_images)
 
+
 def _with_alpha(cfg, teacher, draw, device):
     "`cfg` with its alpha decided: a function of teacher, noise and seed, so a resumed run decides as before."
-    if cfg.alpha != "auto": return cfg
-    if resolve_teacher_mode(teacher, cfg.teacher_mode) != "aligned": return cfg.replace(alpha=0.5)        # it has no part then
+    if cfg.alpha != "auto":
+        return cfg
+    if resolve_teacher_mode(teacher, cfg.teacher_mode) != "aligned":
+        return cfg.replace(alpha=0.5)  # it has no part then
     g = torch.Generator(device).manual_seed(step_seed(cfg.seed, "alpha"))
-    return cfg.replace(alpha=current().on_first(lambda: pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g)))
+    return cfg.replace(
+        alpha=current().on_first(lambda: pick_alpha(teacher, draw, batch_size=cfg.batch_size, generator=g))
+    )
+
 
 def _identity(cfg, device, teacher, student, draw, test_data, recal_images):
     "All that a run's result depends on, as flat JSON."
     config = {k: v for k, v in cfg.model_dump().items() if k not in NOT_IDENTITY}
-    config |= {"device": device.type, "precision": pick_student_precision(cfg.precision, device, draw.shape), "teacher_precision": pick_teacher_precision(cfg.precision, device),
-               "teacher_mode": resolve_teacher_mode(teacher, cfg.teacher_mode)}
-    if config["teacher_mode"] != "aligned": config["alpha"] = None             # it has no part then
+    config |= {
+        "device": device.type,
+        "precision": pick_student_precision(cfg.precision, device, draw.shape),
+        "teacher_precision": pick_teacher_precision(cfg.precision, device),
+        "teacher_mode": resolve_teacher_mode(teacher, cfg.teacher_mode),
+    }
+    if config["teacher_mode"] != "aligned":
+        config["alpha"] = None  # it has no part then
     seen = lambda tensors: None if tensors is None else tensors_key(dict(enumerate(tensors)))
-    return {**config, "code": code_key(distill), "noise": repr(draw), "teacher": tensors_key(teacher.state_dict()), "student": tensors_key(student.state_dict()),
-            "test_data": seen(test_data), "recal_images": seen(None if recal_images is None else [recal_images])}
+    return {
+        **config,
+        "code": code_key(distill),
+        "noise": repr(draw),
+        "teacher": tensors_key(teacher.state_dict()),
+        "student": tensors_key(student.state_dict()),
+        "test_data": seen(test_data),
+        "recal_images": seen(None if recal_images is None else [recal_images]),
+    }
 
 # %% ../nbs/method/05_distillation.ipynb #e33ce99b
 @contextmanager
@@ -387,36 +530,66 @@ def at_work(job):
     "The teacher in its mode, the student in training mode, and random states that are given back."
     job.student.train()
     devices = [job.device] if job.device.type == "cuda" else []
-    with (teacher_context(job.teacher, job.cfg.teacher_mode, job.cfg.alpha), torch.random.fork_rng(devices=devices), deterministic(job.device), _compiled(job)): yield
+    with (
+        teacher_context(job.teacher, job.cfg.teacher_mode, job.cfg.alpha),
+        torch.random.fork_rng(devices=devices),
+        deterministic(job.device),
+        _compiled(job),
+    ):
+        yield
 
 # %% ../nbs/method/05_distillation.ipynb #2efa9bdd
 @contextmanager
 def _compiled(job):
     "Both networks compiled, where that was asked for."
-    if job.cfg.compile: job.supervise.ask, job.learn = compiled(job.teacher), compiled(job.student)
-    try: yield
-    finally: job.supervise.ask, job.learn = job.teacher, job.student
+    if job.cfg.compile:
+        job.supervise.ask, job.learn = compiled(job.teacher), compiled(job.student)
+    try:
+        yield
+    finally:
+        job.supervise.ask, job.learn = job.teacher, job.student
 
 # %% ../nbs/method/05_distillation.ipynb #fed9c32a
 def _run(job, store, progress, desc):
     "Steps until done or out of budget; the state it ended in."
     cfg, start, before, group = job.cfg, time.perf_counter(), store.resume(job), current()
     spent = lambda: time.perf_counter() - start
-    with (store.guarding(job), at_work(job),
-          tqdm(total=cfg.steps, initial=job.step, desc=desc or "distil", leave=False, disable=not (progress and group.first), mininterval=0.5, unit="step") as bar):
+    with (
+        store.guarding(job),
+        at_work(job),
+        tqdm(
+            total=cfg.steps,
+            initial=job.step,
+            desc=desc or "distil",
+            leave=False,
+            disable=not (progress and group.first),
+            mininterval=0.5,
+            unit="step",
+        ) as bar,
+    ):
         while job.step < cfg.steps:
             job.take_step()
-            if cfg.budget_seconds is not None and job.step % 10 == 0: wait(job.device)       # a GPU may be seconds behind the clock
+            if cfg.budget_seconds is not None and job.step % 10 == 0:
+                synchronize(job.device)  # a GPU may be seconds behind the clock
             if job.step % cfg.eval_every == 0 or job.step == cfg.steps:
                 job.evaluate(before + spent())
-                bar.set_postfix(loss=f"{job.history[-1]['loss']:.3f}", acc=f"{job.history[-1].get('accuracy_cs', math.nan):.1f}", refresh=False)
-            over = cfg.budget_seconds is not None and job.step < cfg.steps and group.on_first(lambda: spent() >= cfg.budget_seconds)
+                bar.set_postfix(
+                    loss=f"{job.history[-1]['loss']:.3f}",
+                    acc=f"{job.history[-1].get('accuracy_cs', math.nan):.1f}",
+                    refresh=False,
+                )
+            over = (
+                cfg.budget_seconds is not None
+                and job.step < cfg.steps
+                and group.on_first(lambda: spent() >= cfg.budget_seconds)
+            )
             if over or (job.step % cfg.checkpoint_every == 0 and job.step < cfg.steps):
                 job.check_finite(weights=True)
                 job.seconds = before + spent()
                 store.save(job)
             bar.update()
-            if over: return "unfinished"
+            if over:
+                return "unfinished"
     job.finish()
     job.seconds = before + spent()
     return "finished"
@@ -427,52 +600,73 @@ class _Store:
 
     Of several processes the first one has it; what it finds there goes to all, and so does what is wrong with it.
     """
+
     def __init__(self, run_dir, identity, cfg):
         self.group, self.kept = current(), bool(run_dir)
         self.dir, self.identity, self.written = Path(run_dir) if run_dir and self.group.first else None, identity, False
         self.group.on_first(self._check_folder)
         self.checkpoints = self.dir and Checkpoints(self.dir)
-        self.left = None                           # the student's weights in the newest checkpoint
-        self.record = None                         # of a finished run, once looked at
+        self.left = None  # the student's weights in the newest checkpoint
+        self.record = None  # of a finished run, once looked at
 
     def _check_folder(self):
-        if self.dir and self.dir.exists() and not self.dir.is_dir(): raise ValueError(f"run_dir must be a folder, and {self.dir} is a file")
+        if self.dir and self.dir.exists() and not self.dir.is_dir():
+            raise ValueError(f"run_dir must be a folder, and {self.dir} is a file")
 
-    def held(self):
+    def directory_lock(self):
         "No other process works in the directory meanwhile."
-        return self.group.held_by_first(lambda: held(self.dir)) if self.kept else nullcontext()
+        return self.group.locked_by_first(lambda: directory_lock(self.dir)) if self.kept else nullcontext()
 
-    def check_same(self): self.group.on_first(self._check_same)
+    def check_same(self):
+        self.group.on_first(self._check_same)
 
     def _check_same(self):
         "ValueError with the first difference when the directory holds another run; a student may also be where that run left it."
-        if not self.dir or not (self.dir / "distill.json").exists(): return
+        if not self.dir or not (self.dir / "distill.json").exists():
+            return
         self.record = finished_record(self.dir, ("student.safetensors", "best.safetensors"), "result.json")
         there = read_json(self.dir / "distill.json")
-        if self.identity["student"] != there.get("student") and self.identity["student"] in self._students_left(): self.identity = {**self.identity, "student": there.get("student")}
+        if self.identity["student"] != there.get("student") and self.identity["student"] in self._students_left():
+            self.identity = {**self.identity, "student": there.get("student")}
         for k, here in json.loads(json.dumps(self.identity)).items():
-            if k == "code" and there.get(k) != here: raise ValueError(f"{self.dir} holds a run of another version of nskd, whose numbers may be others: choose another run_dir, or delete that one")
+            if k == "code" and there.get(k) != here:
+                raise ValueError(
+                    f"{self.dir} holds a run of another version of nskd, whose numbers may be others: choose another run_dir, or delete that one"
+                )
             if there.get(k) != here:
-                raise ValueError(f"{self.dir} holds a run with another {k} ({there.get(k)!r} there, {here!r} here): choose another run_dir, or delete that one")
+                raise ValueError(
+                    f"{self.dir} holds a run with another {k} ({there.get(k)!r} there, {here!r} here): choose another run_dir, or delete that one"
+                )
 
     def _students_left(self):
         "Hashes of the weights in which this run, finished or not, leaves its student."
-        if (self.dir / "student.safetensors").exists(): yield tensors_key(load_tensors(self.dir / "student.safetensors"))
+        if (self.dir / "student.safetensors").exists():
+            yield tensors_key(load_tensors(self.dir / "student.safetensors"))
         for step in self.checkpoints.steps():
             if found := self.checkpoints.load(at_most=step):
-                yield tensors_key({k.removeprefix("student/"): v for k, v in found[1].items() if k.startswith("student/")})
+                yield tensors_key(
+                    {k.removeprefix("student/"): v for k, v in found[1].items() if k.startswith("student/")}
+                )
 
     def finished(self, job):
         state = self.group.on_first(lambda: self._finished(job))
-        if state: self._spread(job)
+        if state:
+            self._spread(job)
         return state
 
     def _finished(self, job):
-        if not (record := self.record): return None
-        self.checkpoints.clear()                   # left where a run died as its last act
+        if not (record := self.record):
+            return None
+        self.checkpoints.clear()  # left where a run died as its last act
         job.student.load_state_dict(load_tensors(self.dir / "student.safetensors"))
         job.best_state = load_tensors(self.dir / "best.safetensors")
-        job.history, job.best, job.seconds, job.step, self.written = record["history"], record["best"], record["seconds"], job.cfg.steps, True
+        job.history, job.best, job.seconds, job.step, self.written = (
+            record["history"],
+            record["best"],
+            record["seconds"],
+            job.cfg.steps,
+            True,
+        )
         return "finished"
 
     def resume(self, job):
@@ -483,45 +677,78 @@ class _Store:
         return job.seconds
 
     def _resume(self, job):
-        if found := self.checkpoints.load(): job.restore(*found[1:])
+        if found := self.checkpoints.load():
+            job.restore(*found[1:])
         write_json(self.dir / "distill.json", self.identity)
 
     def _spread(self, job):
         "The first process's job, if it has begun, to all."
-        if self.group.size == 1: return
-        found = self.group.on_first(lambda: ({k: v.cpu() for k, v in job.tensors().items()}, job.meta()) if job.step else None)
-        if found and not self.group.first: job.restore(*found)
+        if self.group.size == 1:
+            return
+        found = self.group.on_first(
+            lambda: ({k: v.cpu() for k, v in job.tensors().items()}, job.meta()) if job.step else None
+        )
+        if found and not self.group.first:
+            job.restore(*found)
 
     def save(self, job):
-        if not self.kept: return
-        if self.group.size > 1: self.group.check_same({"student": tensors_key(job.student.state_dict())})
+        if not self.kept:
+            return
+        if self.group.size > 1:
+            self.group.check_same({"student": tensors_key(job.student.state_dict())})
         self.group.on_first(lambda: self.checkpoints.save(job.step, job.tensors(), job.meta()))
         self._remember(job)
 
-    def _remember(self, job): self.left = {k: v.detach().clone() for k, v in job.student.state_dict().items()}
+    def _remember(self, job):
+        self.left = {k: v.detach().clone() for k, v in job.student.state_dict().items()}
 
     @contextmanager
     def guarding(self, job):
         "Whatever ends the run early leaves the student as the newest checkpoint has it; numbers that aren't finite leave a note."
-        try: yield
+        try:
+            yield
         except BaseException as e:
-            if self.left: job.student.load_state_dict(self.left)
-            if self.dir and job.bad_step is not None: self._note(job, e)
+            if self.left:
+                job.student.load_state_dict(self.left)
+            if self.dir and job.bad_step is not None:
+                self._note(job, e)
             raise
 
     def _note(self, job, error):
         steps = self.checkpoints.steps()
-        write_json(self.dir / "nonfinite.json", {"step": job.bad_step, "seed": step_seed(job.cfg.seed, job.bad_step), "error": str(error),
-                                                 "last_good_checkpoint": steps[-1] if steps else None})
+        write_json(
+            self.dir / "nonfinite.json",
+            {
+                "step": job.bad_step,
+                "seed": step_seed(job.cfg.seed, job.bad_step),
+                "error": str(error),
+                "last_good_checkpoint": steps[-1] if steps else None,
+            },
+        )
 
     def result(self, job, state, ledger, judged):
         history = pd.DataFrame(job.history)
         last = job.history[-1] if job.history else {}
         accuracy = {m: last[f"accuracy_{m}"] for m in ("cs", "rs", "recal")} if judged and last else {}
         best = dict(job.best or {})
-        if judged and best: best["accuracy"] = {m: best[f"accuracy_{m}"] for m in ("cs", "rs", "recal")}
-        result = DistillResult(job.student.eval(), history, accuracy, best, state, ledger, round(job.seconds, 3), self.dir, job.best_state, self.identity["alpha"], job.step)
-        self.group.on_first(lambda: self._finish(job, result) if self.dir and state == "finished" and not self.written else None)
+        if judged and best:
+            best["accuracy"] = {m: best[f"accuracy_{m}"] for m in ("cs", "rs", "recal")}
+        result = DistillResult(
+            job.student.eval(),
+            history,
+            accuracy,
+            best,
+            state,
+            ledger,
+            round(job.seconds, 3),
+            self.dir,
+            job.best_state,
+            self.identity["alpha"],
+            job.step,
+        )
+        self.group.on_first(
+            lambda: self._finish(job, result) if self.dir and state == "finished" and not self.written else None
+        )
         return result
 
     def _finish(self, job, result):
@@ -530,22 +757,32 @@ class _Store:
         write_bytes(self.dir / "history.csv", result.history.to_csv(index=False).encode())
         write_json(self.dir / "ledger.json", result.ledger)
         sums = {f: file_sha256(self.dir / f) for f in ("student.safetensors", "best.safetensors")}
-        write_json(self.dir / "result.json", {**result.summary(), "history": job.history, "best": job.best, "sha256": sums,
-                                              "provenance": {**provenance(job.device), "processes": self.group.size}})
+        write_json(
+            self.dir / "result.json",
+            {
+                **result.summary(),
+                "history": job.history,
+                "best": job.best,
+                "sha256": sums,
+                "provenance": {**provenance(job.device), "processes": self.group.size},
+            },
+        )
         self.checkpoints.clear()
 
 # %% ../nbs/method/05_distillation.ipynb #689fe3d8
 @dataclass
 class Replay:
     "A step again: its batch, both networks' logits (B, classes), the loss; `student` as it was before it; `start`: the step replayed from."
+
     step: int
-    seed: int                                  # of the generator that the batch was drawn with
+    seed: int  # of the generator that the batch was drawn with
     inputs: torch.Tensor
     teacher_logits: torch.Tensor
     student_logits: torch.Tensor
     loss: float
     student: torch.nn.Module = field(repr=False)
     start: int = 0
+
 
 def replay(run_dir, step, teacher, student, sampler=None, test_data=None):
     """The batch, logits and loss of `step` (0 is the first) of the run in `run_dir`, a `Replay`, from the nearest checkpoint at or before it.
@@ -555,21 +792,34 @@ def replay(run_dir, step, teacher, student, sampler=None, test_data=None):
     looks at it. The same bits on the same machine with as many threads. ValueError where something is another than the
     run's, and while a process works in `run_dir`; nothing is written.
     """
-    if current().size > 1: raise ValueError("a replay is for one process: call it outside of nskd.engine.shared_batch.processes")
+    if current().size > 1:
+        raise ValueError("a replay is for one process: call it outside of nskd.engine.shared_batch.processes")
     run_dir = Path(run_dir)
-    if not (run_dir / "distill.json").exists(): raise ValueError(f"{run_dir} holds no run: there is no distill.json in it")
+    if not (run_dir / "distill.json").exists():
+        raise ValueError(f"{run_dir} holds no run: there is no distill.json in it")
     there = read_json(run_dir / "distill.json")
     # an alpha of None had no part in the run, and two precisions are what "auto" meant
     mixed = {"precision": "auto"} if there.get("teacher_precision", there["precision"]) != there["precision"] else {}
-    cfg = DistillConfig(**{**{k: v for k, v in there.items() if k in DistillConfig.model_fields and not (k == "alpha" and v is None)}, **mixed})
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < cfg.steps: raise ValueError(f"step must be a whole number from 0 to {cfg.steps - 1}, not {step!r}")
+    cfg = DistillConfig(
+        **{
+            **{k: v for k, v in there.items() if k in DistillConfig.model_fields and not (k == "alpha" and v is None)},
+            **mixed,
+        }
+    )
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < cfg.steps:
+        raise ValueError(f"step must be a whole number from 0 to {cfg.steps - 1}, not {step!r}")
     job, here = prepare(teacher, copy.deepcopy(student), cfg, test_data, sampler, None)
     for what in ("teacher", "noise"):
-        if here[what] != there[what]: raise ValueError(f"{run_dir} holds a run with another {what} ({there[what]!r} there, {here[what]!r} here)")
-    with held(run_dir, wait=False): found = Checkpoints(run_dir).load(at_most=step)
-    if found: job.restore(*found[1:])
-    elif here["student"] != there["student"]: raise ValueError(f"no checkpoint at or before step {step} is left: give the student as the run began with it")
+        if here[what] != there[what]:
+            raise ValueError(f"{run_dir} holds a run with another {what} ({there[what]!r} there, {here[what]!r} here)")
+    with directory_lock(run_dir, wait=False):
+        found = Checkpoints(run_dir).load(at_most=step)
+    if found:
+        job.restore(*found[1:])
+    elif here["student"] != there["student"]:
+        raise ValueError(f"no checkpoint at or before step {step} is left: give the student as the run began with it")
     return _again(job, step)
+
 
 def _again(job, step):
     "Steps until `step`, and a look at it."
@@ -577,10 +827,13 @@ def _again(job, step):
     with at_work(job):
         while job.step < step:
             job.take_step()
-            if job.step % job.cfg.eval_every == 0: job.evaluate(0.0)              # a schedule may depend on it
+            if job.step % job.cfg.eval_every == 0:
+                job.evaluate(0.0)  # a schedule may depend on it
         before = copy.deepcopy(job.student)
         x, z_t, z_s, loss = job.look()
-    return Replay(step, step_seed(job.cfg.seed, step), x, z_t, z_s.detach().clone(), float(loss.detach()), before, start)
+    return Replay(
+        step, step_seed(job.cfg.seed, step), x, z_t, z_s.detach().clone(), float(loss.detach()), before, start
+    )
 
 # %% ../nbs/method/05_distillation.ipynb #fca63273
 FAST = dict(k=1, batch_size=64, lr=5e-3, schedule="linear", warmup=0.05, average=0.99)
@@ -590,8 +843,10 @@ FAST_STEPS = 3
 
 RECIPES = ("paper", "fast")
 
+
 def with_recipe(recipe, options):
     "`options` of a `DistillConfig` with what `recipe` has in their place; the fast one has three times the steps, and evaluates as often."
-    if recipe == "paper": return options
+    if recipe == "paper":
+        return options
     more = {name: FAST_STEPS * options[name] for name in ("steps", "eval_every") if name in options}
     return {**options, **FAST, **more}

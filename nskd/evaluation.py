@@ -22,11 +22,14 @@ def eval_batches(n, batch_size, shuffle_seed=0):
 
     A list of int64 tensors; `shuffle_seed=None` keeps the order.
     """
-    if n < 1 or batch_size < 1: raise ValueError(f"evaluation needs images and a batch size of at least 1, not {n} and {batch_size}")
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"evaluation needs images and a batch size of at least 1, not {n} and {batch_size}")
     order = torch.arange(n)
-    if shuffle_seed is not None: order = torch.randperm(n, generator=torch.Generator().manual_seed(shuffle_seed))
+    if shuffle_seed is not None:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(shuffle_seed))
     batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) < batch_size: batches[-2:] = [torch.cat(batches[-2:])]
+    if len(batches) > 1 and len(batches[-1]) < batch_size:
+        batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
 # %% ../nbs/method/06_evaluation.ipynb #78ef7cc9
@@ -44,9 +47,11 @@ def recalibrate(net, images, batch_size=256):
             for m in bns:
                 m.reset_running_stats()
                 m.training, m.momentum = True, None
-            for idx in eval_batches(len(images), batch_size): net(images[idx].to(device))
+            for idx in eval_batches(len(images), batch_size):
+                net(images[idx].to(device))
         finally:
-            for m, momentum in before: m.momentum = momentum
+            for m, momentum in before:
+                m.momentum = momentum
     return net
 
 # %% ../nbs/method/06_evaluation.ipynb #f1d8016a
@@ -59,21 +64,27 @@ def evaluate(net, images, labels, mode="cs", batch_size=256, recal_images=None):
     result says on how many). `net` is left as it was. Without BatchNorm the three are one.
     """
     one_of(mode, ("cs", "rs", "recal"), "the evaluation mode")
-    if len(images) != len(labels): raise ValueError(f"{len(images)} images but {len(labels)} labels")
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels")
     extra = {}
     if mode == "recal":
         recal_images = images if recal_images is None else recal_images
-        net, mode, extra = recalibrate(copy.deepcopy(net), recal_images, batch_size), "rs", {"recal_n": len(recal_images)}
+        net, mode, extra = (
+            recalibrate(copy.deepcopy(net), recal_images, batch_size),
+            "rs",
+            {"recal_n": len(recal_images)},
+        )
     device, correct, loss = next(net.parameters()).device, 0, 0.0
     with bn_mode(net, mode):
         for idx in eval_batches(len(images), batch_size):
             logits, y = net(images[idx].to(device)).float(), labels[idx].to(device)
             correct += (logits.argmax(1) == y).sum()
-            loss += F.cross_entropy(logits, y, reduction="sum")      # weighted by image, not by batch
+            loss += F.cross_entropy(logits, y, reduction="sum")  # weighted by image, not by batch
     return {"accuracy": 100 * int(correct) / len(images), "loss": float(loss) / len(images), "n": len(images), **extra}
 
+
 def evaluate_modes(net, images, labels, batch_size=256, recal_images=None):
-    "Accuracy (0..100) in every mode: `{\"cs\": …, \"rs\": …, \"recal\": …}`; one pass where there is no BatchNorm."
+    'Accuracy (0..100) in every mode: `{"cs": …, "rs": …, "recal": …}`; one pass where there is no BatchNorm.'
     if not norm_kinds(net)["bn"]:
         return dict.fromkeys(("cs", "rs", "recal"), evaluate(net, images, labels, "rs", batch_size)["accuracy"])
     return {m: evaluate(net, images, labels, m, batch_size, recal_images)["accuracy"] for m in ("cs", "rs", "recal")}
@@ -81,11 +92,18 @@ def evaluate_modes(net, images, labels, batch_size=256, recal_images=None):
 # %% ../nbs/method/06_evaluation.ipynb #33eb27ff
 BINS = 15
 
+
 def _checked(logits, labels):
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or len(logits) == 0: raise ValueError(f"calibration needs logits (N, C) and labels (N,), not {tuple(logits.shape)} and {tuple(labels.shape)}")
-    if logits.shape[1] < 2: raise ValueError(f"calibration needs at least 2 classes, not {logits.shape[1]}")
-    if not torch.isfinite(logits).all(): raise ValueError("the logits are not finite, so there are no probabilities to judge")
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or len(logits) == 0:
+        raise ValueError(
+            f"calibration needs logits (N, C) and labels (N,), not {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if logits.shape[1] < 2:
+        raise ValueError(f"calibration needs at least 2 classes, not {logits.shape[1]}")
+    if not torch.isfinite(logits).all():
+        raise ValueError("the logits are not finite, so there are no probabilities to judge")
     return logits.double().softmax(1)
+
 
 def calibration(logits, labels, bins=BINS):
     """How well the softmax of `logits` (N, C) says what is right, by `labels` int64 (N,): a dict of floats.
@@ -94,27 +112,43 @@ def calibration(logits, labels, bins=BINS):
     true positives, one class against the others, mean over the classes that occur, in percent. `entropy`: mean entropy of the answers,
     nats. `confidence`, `accuracy`: means, in percent. Source: LumiNet, section 4.3 and Appendix A.8.1.
     """
-    import nskd.engine.vision  # before torchmetrics, which imports torchvision
     from torchmetrics.functional.classification import multiclass_calibration_error
+
     p = _checked(logits, labels)
     error = lambda norm: multiclass_calibration_error(p, labels, num_classes=p.shape[1], n_bins=bins, norm=norm).item()
-    return {"accuracy": 100 * (p.argmax(1) == labels).double().mean().item(), "confidence": 100 * p.amax(1).mean().item(), "ece": error("l1"), "mce": error("max"),
-            "fpr95": 100 * fpr95(p, labels), "entropy": torch.special.entr(p).sum(1).mean().item()}
+    return {
+        "accuracy": 100 * (p.argmax(1) == labels).double().mean().item(),
+        "confidence": 100 * p.amax(1).mean().item(),
+        "ece": error("l1"),
+        "mce": error("max"),
+        "fpr95": 100 * fpr95(p, labels),
+        "entropy": torch.special.entr(p).sum(1).mean().item(),
+    }
+
 
 def fpr95(p, labels, rate=0.95):
     "False positive rate at the first threshold with a true positive rate of at least `rate`, one class against the others, mean over classes: 0 to 1."
     from sklearn.metrics import roc_curve
+
     found = []
     for c in labels.unique().tolist():
-        if (labels == c).all(): continue                                       # nothing to take for it
+        if (labels == c).all():
+            continue  # nothing to take for it
         fpr, tpr, _ = roc_curve((labels == c).numpy(), p[:, c].numpy(), drop_intermediate=False)
         found.append(fpr[(tpr >= rate).argmax()])
-    if not found: raise ValueError("a false positive rate needs images of at least two classes")
+    if not found:
+        raise ValueError("a false positive rate needs images of at least two classes")
     return float(np.mean(found))
+
 
 def reliability(logits, labels, bins=BINS):
     "Bins of equal width in confidence, those that are not empty: (mean confidence, accuracy, share of the answers), three arrays."
     p = _checked(logits, labels)
     confidence, right = p.amax(1).numpy(), (p.argmax(1) == labels).numpy()
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return tuple(np.array(v) for v in zip(*((confidence[which == b].mean(), right[which == b].mean(), (which == b).mean()) for b in np.unique(which))))
+    return tuple(
+        np.array(v)
+        for v in zip(
+            *((confidence[which == b].mean(), right[which == b].mean(), (which == b).mean()) for b in np.unique(which))
+        )
+    )

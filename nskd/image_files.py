@@ -53,40 +53,57 @@ def _printable(names, path):
 def _below(folder, above=()):
     "All files in `folder` and below; links are followed, since people link class folders together, but not in a circle."
     real = os.path.realpath(folder)
-    if real in above: raise ValueError(f"{os.fspath(folder)!r} is a link to a folder that it lies in: remove it")
-    if not os.path.isdir(real): return
+    if real in above:
+        raise ValueError(f"{os.fspath(folder)!r} is a link to a folder that it lies in: remove it")
+    if not os.path.isdir(real):
+        return
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.is_dir(): yield from _below(entry.path, (*above, real))
-        else: yield entry.path
+        if entry.is_dir():
+            yield from _below(entry.path, (*above, real))
+        else:
+            yield entry.path
 
 
 def _walk(path):
     "Names of all files below train/ and test/ of a folder, or of the folders in it."
-    tops = [path] if (path / "train").is_dir() or (path / "test").is_dir() else [p for p in path.iterdir() if p.is_dir()]
+    tops = (
+        [path] if (path / "train").is_dir() or (path / "test").is_dir() else [p for p in path.iterdir() if p.is_dir()]
+    )
     for top in (t / split for t in tops for split in ("train", "test")):
-        for file in _below(top): yield Path(file).relative_to(path).as_posix()
+        for file in _below(top):
+            yield Path(file).relative_to(path).as_posix()
 
 
 def _read_folder(path):
     "Image files of a folder: {name: full path}, {name: (size, time)}."
     full = {name: os.path.join(path, name) for name in _printable(_walk(path), path)}
-    files = {name: file for name, file in full.items() if os.path.isfile(file)}      # no pipes, no dangling links
+    files = {name: file for name, file in full.items() if os.path.isfile(file)}  # no pipes, no dangling links
     stats = {name: os.stat(file) for name, file in files.items()}
     return files, {name: (s.st_size, s.st_mtime_ns) for name, s in stats.items()}
 
 # %% ../nbs/method/12_image_files.ipynb #370bb444
 _MOST_MEMBERS, _MOST_GROWTH = 5_000_000, 500
-_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 class _Header(tarfile.TarInfo):
     "A tar header; any but the first that is damaged, and any that is absurd, is an error and not the archive's end."
+
     @classmethod
     def frombuf(cls, buf, encoding, errors):
-        try: info = super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError: raise
-        except tarfile.HeaderError as e: raise tarfile.ReadError(str(e)) from None
-        if info.size < 0 or info.type in _HEADERS and info.size > 2**20:      # tarfile would read it into memory
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as e:
+            raise tarfile.ReadError(str(e)) from None
+        if info.size < 0 or info.type in _HEADERS and info.size > 2**20:  # tarfile would read it into memory
             raise tarfile.ReadError(f"a header of {info.size} bytes")
         return info
 
@@ -94,16 +111,29 @@ class _Header(tarfile.TarInfo):
 def _zip_members(path):
     with zipfile.ZipFile(path) as z:
         for m in z.infolist():
+
             def read():
-                with z.open(m) as f: return f.read(m.file_size + 1)      # read() would unpack what is there, whatever size it claims
+                with z.open(m) as f:
+                    return f.read(m.file_size + 1)  # read() would unpack what is there, whatever size it claims
+
             kind = stat.S_IFMT(m.external_attr >> 16)
-            yield m.filename.replace("\\", "/"), m.file_size, None if m.is_dir() else read, kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+            yield (
+                m.filename.replace("\\", "/"),
+                m.file_size,
+                None if m.is_dir() else read,
+                kind not in (0, stat.S_IFREG, stat.S_IFDIR),
+            )
 
 
 def _tar_members(path):
     with tarfile.open(path, "r|*", tarinfo=_Header) as t:
         for m in t:
-            yield m.name, m.size, (lambda: t.extractfile(m).read()) if m.isfile() else None, m.issparse() or not (m.isfile() or m.isdir())
+            yield (
+                m.name,
+                m.size,
+                (lambda: t.extractfile(m).read()) if m.isfile() else None,
+                m.issparse() or not (m.isfile() or m.isdir()),
+            )
 
 
 def _members(path):
@@ -112,22 +142,40 @@ def _members(path):
     members = (_zip_members if path.suffix.lower() == ".zip" else _tar_members)(path)
     for number, (name, size, read, special) in enumerate(members):
         if ".." in (parts := PurePosixPath(name).parts) or name.startswith("/") or re.match("[A-Za-z]:", name):
-            raise ValueError(f"{path} holds a name that leads out of it, {name!a}: pack the folder that holds train/ and test/ anew")
-        if special: raise ValueError(f"{path} holds a link, a device or a sparse file, {name!a}: pack the files themselves")
+            raise ValueError(
+                f"{path} holds a name that leads out of it, {name!a}: pack the folder that holds train/ and test/ anew"
+            )
+        if special:
+            raise ValueError(f"{path} holds a link, a device or a sparse file, {name!a}: pack the files themselves")
         total += size if read else 0
         if number >= _MOST_MEMBERS or total > most:
-            raise ValueError(f"{path} unfolds to more than {_MOST_MEMBERS:,} files or to more than {_MOST_GROWTH} times its size: it is no archive of images")
-        if read and parts: yield name, size, read
+            raise ValueError(
+                f"{path} unfolds to more than {_MOST_MEMBERS:,} files or to more than {_MOST_GROWTH} times its size: it is no archive of images"
+            )
+        if read and parts:
+            yield name, size, read
 
 
-_UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError, MemoryError,
-               AttributeError, TypeError)          # tarfile's own, on damaged streams (Python 3.11.2, for one)
+_UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    MemoryError,
+    AttributeError,
+    TypeError,
+)  # tarfile's own, on damaged streams (Python 3.11.2, for one)
 
 
 def _too_large(path, max_bytes, what):
     "The error for an archive that would fill the memory."
-    return ValueError(f"{path} holds more than {max_bytes:,} bytes of {what}: unpack it and pass the folder, "
-                      "which is then read batch by batch")
+    return ValueError(
+        f"{path} holds more than {max_bytes:,} bytes of {what}: unpack it and pass the folder, "
+        "which is then read batch by batch"
+    )
 
 
 def _read_archive(path, max_bytes):
@@ -135,12 +183,15 @@ def _read_archive(path, max_bytes):
     files, room = {}, max_bytes
     try:
         for name, size, read in _members(path):
-            if not _printable([name], path): continue
-            if (room := room - size) < 0: break
+            if not _printable([name], path):
+                continue
+            if (room := room - size) < 0:
+                break
             files[PurePosixPath(name).as_posix()] = read()
     except _UNREADABLE as e:
         raise ValueError(f"{path} can't be read to its end as a .zip, .tar, .tar.gz or .tar.xz ({reason(e)})") from None
-    if room < 0: raise _too_large(path, max_bytes, "images")
+    if room < 0:
+        raise _too_large(path, max_bytes, "images")
     return files
 
 # %% ../nbs/method/12_image_files.ipynb #d15c9a8c
@@ -150,9 +201,10 @@ def _by_top(names):
     for name in names:
         parts = PurePosixPath(name).parts
         depth = next((d for d in (0, 1) if len(parts) > d + 2 and parts[d] in ("train", "test")), None)
-        if depth is None: continue
+        if depth is None:
+            continue
         splits = tops.setdefault(parts[:depth], {"train": [], "test": []})
-        splits[parts[depth]].append((parts[depth + 1:], name))
+        splits[parts[depth]].append((parts[depth + 1 :], name))
     return tops
 
 
@@ -174,13 +226,16 @@ def _same_classes(splits, path):
     "The sorted class names, or a ValueError if the splits don't have the same."
     train, test = ({parts[0] for parts, _ in splits[s]} for s in ("train", "test"))
     if train != test:
-        only = "; ".join(f"only in {s}/: {shorten(', '.join(sorted(c)), 200)}"
-                         for s, c in (("train", train - test), ("test", test - train)) if c)
+        only = "; ".join(
+            f"only in {s}/: {shorten(', '.join(sorted(c)), 200)}"
+            for s, c in (("train", train - test), ("test", test - train))
+            if c
+        )
         raise ValueError(f"{path} must hold the same classes in train/ and test/, but has some {only}")
     return sorted(train)
 
 # %% ../nbs/method/12_image_files.ipynb #719d8621
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")          # what a file holds, whatever its name says
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # what a file holds, whatever its name says
 
 
 @contextmanager
@@ -189,11 +244,15 @@ def _opened(label, source):
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, above PIL.Image.MAX_IMAGE_PIXELS")
-            if image.mode[0] in "IF": raise OSError("more than 8 bits a channel, convert it first")
+                raise Image.DecompressionBombError(
+                    f"{image.width}x{image.height} pixels, above PIL.Image.MAX_IMAGE_PIXELS"
+                )
+            if image.mode[0] in "IF":
+                raise OSError("more than 8 bits a channel, convert it first")
             yield image
-    except UnidentifiedImageError: raise ValueError(f"{label} can't be read as an image: its bytes are none of {', '.join(_FORMATS)}") from None
-    except Exception as e:               # decoders raise OSError, SyntaxError, struct.error and more
+    except UnidentifiedImageError:
+        raise ValueError(f"{label} can't be read as an image: its bytes are none of {', '.join(_FORMATS)}") from None
+    except Exception as e:  # decoders raise OSError, SyntaxError, struct.error and more
         raise ValueError(f"{label} can't be read as an image ({reason(e)})") from None
 
 
@@ -201,13 +260,17 @@ def _probe(items, image_size):
     "(C, H, W) for all `items`, (label, source) each, from as many headers as it takes; C is 1 if all of them are grey."
     grey, first, shape = True, None, None
     for label, source in items:
-        with _opened(label, source) as image: size, mode = image.size, image.mode
+        with _opened(label, source) as image:
+            size, mode = image.size, image.mode
         first, shape = (first, shape) if first else (label, size)
         if image_size is None and size != shape:
-            raise ValueError(f"{label} is {size[0]}x{size[1]} pixels where {first} is {shape[0]}x{shape[1]}: pass "
-                             "image_size to crop and resize them all")
+            raise ValueError(
+                f"{label} is {size[0]}x{size[1]} pixels where {first} is {shape[0]}x{shape[1]}: pass "
+                "image_size to crop and resize them all"
+            )
         grey = grey and mode in ("1", "L", "LA")
-        if image_size is not None and not grey: break
+        if image_size is not None and not grey:
+            break
     width, height = shape if image_size is None else (image_size, image_size)
     return (1 if grey else 3, height, width)
 
@@ -231,16 +294,21 @@ def _decode(label, source, shape):
 # %% ../nbs/method/12_image_files.ipynb #c7b1edd7
 class ImageFiles:
     "Images that are decoded when indexed: `files[idx]`, idx int64 (n,), gives uint8 (n, C, H, W)."
+
     def __init__(self, items, shape):
         self.items, self.shape = items, (len(items), *shape)
 
-    def __len__(self): return len(self.items)
+    def __len__(self):
+        return len(self.items)
 
     def __getitem__(self, idx):
         idx, workers = idx.tolist(), min(8, os.cpu_count() or 1)
         out = np.empty((len(idx), *self.shape[1:]), np.uint8)
+
         def fill(rows):
-            for r in rows: out[r] = _decode(*self.items[idx[r]], self.shape[1:])
+            for r in rows:
+                out[r] = _decode(*self.items[idx[r]], self.shape[1:])
+
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(fill, [range(w, len(idx), workers) for w in range(workers)]))
         return torch.from_numpy(out)
@@ -269,25 +337,32 @@ def _store(ds, cache):
         cache.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".part")
         os.close(handle)
-        os.chmod(temporary, 0o644)                # mkstemp's own mode would lock others out of a shared cache
-        save_file({**tensors, "mean": ds.mean, "std": ds.std}, temporary,
-                  {"nskd": json.dumps([about, _seal(about, ds)])})
+        os.chmod(temporary, 0o644)  # mkstemp's own mode would lock others out of a shared cache
+        save_file(
+            {**tensors, "mean": ds.mean, "std": ds.std}, temporary, {"nskd": json.dumps([about, _seal(about, ds)])}
+        )
         os.replace(temporary, cache)
     except (OSError, SafetensorError) as e:
-        warnings.warn(f"{ds.name} could not be cached in {cache.parent} ({reason(e)}): it will be decoded again next time")
-        if temporary: Path(temporary).unlink(missing_ok=True)
+        warnings.warn(
+            f"{ds.name} could not be cached in {cache.parent} ({reason(e)}): it will be decoded again next time"
+        )
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _restore(cache):
     "The set in `cache`, or None if there is none or if it is damaged."
-    if not cache.exists(): return None
+    if not cache.exists():
+        return None
     try:
         with safe_open(cache, "pt") as f:
             (about, seal), t = json.loads(f.metadata()["nskd"]), {k: f.get_tensor(k) for k in f.keys()}
         pixels, labels = ({s: t[f"{s}_{k}"] for s in ("train", "test")} for k in ("pixels", "labels"))
         ds = Dataset(pixels=pixels, labels=labels, mean=t["mean"], std=t["std"], **json.loads(about))
-        if _seal(about, ds) == seal: return ds
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError): pass
+        if _seal(about, ds) == seal:
+            return ds
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
+        pass
     warnings.warn(f"{cache} is damaged: it will be made again")
 
 # %% ../nbs/method/12_image_files.ipynb #ccea2e28
@@ -303,13 +378,14 @@ def _digest(*about):
 
 def _cache_of(path, *about):
     "The file in $NSKD_CACHE or ~/.cache/nskd where the set at `path` is kept, if `about` is all that matters besides."
-    return cache_dir() / f"{_title(path)}-{_digest('1', str(path), *about)}.safetensors"          # "1": the format of the cache
+    return cache_dir() / f"{_title(path)}-{_digest('1', str(path), *about)}.safetensors"  # "1": the format of the cache
 
 # %% ../nbs/method/12_image_files.ipynb #a32fc67d
 def _note(path, names):
     "What results on the set should say: that a well-known one was saved as JPEG, or nothing."
     jpeg = any(name.lower().endswith((".jpg", ".jpeg")) for name in names)
-    if not (jpeg and re.search("cifar|mnist|svhn", path.name.lower())): return ""
+    if not (jpeg and re.search("cifar|mnist|svhn", path.name.lower())):
+        return ""
     return f"read as JPEG from {path.name}: not comparable with results on the original images"
 
 
@@ -320,12 +396,21 @@ def _decode_set(path, files, image_size, max_bytes, fingerprint):
     shape = _probe(items["train"] + items["test"], image_size)
     pixels = {split: ImageFiles(found, shape) for split, found in items.items()}
     fits = sum(np.prod(p.shape, dtype=int) for p in pixels.values()) <= max_bytes
-    if fits: pixels = {split: p.all(f"{path.name}, {split}") for split, p in pixels.items()}
-    elif not path.is_dir(): raise _too_large(path, max_bytes, "pixels")
+    if fits:
+        pixels = {split: p.all(f"{path.name}, {split}") for split, p in pixels.items()}
+    elif not path.is_dir():
+        raise _too_large(path, max_bytes, "pixels")
     number = {c: i for i, c in enumerate(classes)}
     labels = {split: torch.tensor([number[parts[0]] for parts, _ in found]) for split, found in layout.items()}
-    return Dataset(_title(path), pixels, labels, classes, note=_note(path, files),
-                   source=f"image files in {path.name}", fingerprint=None if fits else fingerprint)
+    return Dataset(
+        _title(path),
+        pixels,
+        labels,
+        classes,
+        note=_note(path, files),
+        source=f"image files in {path.name}",
+        fingerprint=None if fits else fingerprint,
+    )
 
 
 def _from_path(path, image_size, max_bytes):
@@ -333,8 +418,11 @@ def _from_path(path, image_size, max_bytes):
     path = Path(os.path.abspath(path))
     files, stamps = _read_folder(path) if path.is_dir() else (None, [path.stat().st_size, path.stat().st_mtime_ns])
     cache = _cache_of(path, stamps, image_size, max_bytes)
-    if (ds := _restore(cache)) is not None: return ds
-    if files is None: files = _read_archive(path, max_bytes)
+    if (ds := _restore(cache)) is not None:
+        return ds
+    if files is None:
+        files = _read_archive(path, max_bytes)
     ds = _decode_set(path, files, image_size, max_bytes, fingerprint=_digest(stamps, image_size))
-    if isinstance(ds._pixels["train"], torch.Tensor): _store(ds, cache)
+    if isinstance(ds._pixels["train"], torch.Tensor):
+        _store(ds, cache)
     return ds

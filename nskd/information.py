@@ -21,9 +21,11 @@ from .norms import resolve_teacher_mode, teacher_context
 @dataclass(frozen=True)
 class Information:
     "Entropies in nats: of the batch's mean answer, mean over the single answers, and their difference I(X;C)."
+
     marginal_entropy: float
     conditional_entropy: float
     mutual_information: float
+
 
 def mutual_information(logits):
     """The information between inputs and a teacher's labels, in nats, from 0 to log(classes).
@@ -32,14 +34,19 @@ def mutual_information(logits):
     shapes or values that are not finite. Source: NormShift-KD, Eq. 14 and Appendix C.
     """
     batches = [logits] if isinstance(logits, torch.Tensor) and logits.dim() == 2 else list(logits)
-    if not batches: raise ValueError("mutual_information needs the logits of at least one batch")
+    if not batches:
+        raise ValueError("mutual_information needs the logits of at least one batch")
     marginal, conditional = np.mean([_entropies(_check_answers(z)) for z in batches], axis=0)
     return Information(float(marginal), float(conditional), float(marginal - conditional))
 
+
 def _check_answers(z):
-    if z.dim() != 2 or not len(z): raise ValueError(f"logits must be (batch, classes), not {tuple(z.shape)}")
-    if not torch.isfinite(z).all(): raise ValueError("the network's logits on noise are not finite: check its weights")
+    if z.dim() != 2 or not len(z):
+        raise ValueError(f"logits must be (batch, classes), not {tuple(z.shape)}")
+    if not torch.isfinite(z).all():
+        raise ValueError("the network's logits on noise are not finite: check its weights")
     return z
+
 
 def _entropies(z):
     "H of the mean answer, and the mean H of the answers, of one batch of logits (B, classes)."
@@ -51,6 +58,7 @@ def as_generator(generator, device):
     "A generator on `device` from a seed; generators and None pass through."
     return torch.Generator(device).manual_seed(generator) if isinstance(generator, int) else generator
 
+
 @torch.no_grad()
 def noise_logits(teacher, draw, n, mode="auto", alpha=0.5, batch_size=256, generator=None):
     """The teacher's logits on `n` inputs of noise, one batch at a time: an iterator of float32 (B, classes), B ≤ batch_size.
@@ -58,7 +66,8 @@ def noise_logits(teacher, draw, n, mode="auto", alpha=0.5, batch_size=256, gener
     `draw`: a sampler. `mode`: `auto`, `rs`, `cs` or `aligned` (with `alpha`), as in `teacher_context`; the teacher is left
     as it was. `generator`: a `torch.Generator` on the teacher's device, or a seed.
     """
-    if n < 1: raise ValueError(f"the number of noise inputs must be at least 1, not {n!r}")
+    if n < 1:
+        raise ValueError(f"the number of noise inputs must be at least 1, not {n!r}")
     device = next(teacher.parameters()).device
     g, batches = as_generator(generator, device), math.ceil(n / batch_size)
     with teacher_context(teacher, mode, alpha):
@@ -74,30 +83,51 @@ class ClassHistogram:
     `information`: an `Information`, in nats. `required_k`: the oversampling with which rejection sampling could serve the
     rarest class in full, 1 / (C · smallest share); infinite when a class never came.
     """
+
     counts: torch.Tensor
     soft: torch.Tensor
     information: Information
 
     @property
-    def marginal_entropy(self): return self.information.marginal_entropy
+    def marginal_entropy(self):
+        return self.information.marginal_entropy
+
     @property
-    def conditional_entropy(self): return self.information.conditional_entropy
+    def conditional_entropy(self):
+        return self.information.conditional_entropy
+
     @property
-    def mutual_information(self): return self.information.mutual_information
+    def mutual_information(self):
+        return self.information.mutual_information
+
     @property
-    def n(self): return int(self.counts.sum())
+    def n(self):
+        return int(self.counts.sum())
+
     @property
-    def hard(self): return self.counts.double() / self.n
+    def hard(self):
+        return self.counts.double() / self.n
+
     @property
-    def hard_entropy(self): return torch.special.entr(self.hard).sum().item()
+    def hard_entropy(self):
+        return torch.special.entr(self.hard).sum().item()
+
     @property
-    def effective_classes(self): return math.exp(self.hard_entropy)
+    def effective_classes(self):
+        return math.exp(self.hard_entropy)
+
     @property
-    def missing_classes(self): return int((self.counts == 0).sum())
+    def missing_classes(self):
+        return int((self.counts == 0).sum())
+
     @property
-    def max_min_ratio(self): return self.counts.max().item() / self.counts.min().item() if self.counts.min() else math.inf
+    def max_min_ratio(self):
+        return self.counts.max().item() / self.counts.min().item() if self.counts.min() else math.inf
+
     @property
-    def required_k(self): return self.n / (len(self.counts) * self.counts.min().item()) if self.counts.min() else math.inf
+    def required_k(self):
+        return self.n / (len(self.counts) * self.counts.min().item()) if self.counts.min() else math.inf
+
 
 def class_histogram(teacher, draw, n=4096, mode="auto", alpha=0.5, batch_size=256, generator=None):
     """Class shares of a teacher's answers on `n` inputs of noise, hard and soft: a `ClassHistogram`.
@@ -111,16 +141,22 @@ def class_histogram(teacher, draw, n=4096, mode="auto", alpha=0.5, batch_size=25
         soft = soft + z.double().softmax(1).sum(0)
         entropies.append(_entropies(z))
     marginal, conditional = np.mean(entropies, axis=0)
-    return ClassHistogram(counts.cpu(), (soft / n).cpu(), Information(float(marginal), float(conditional), float(marginal - conditional)))
+    return ClassHistogram(
+        counts.cpu(), (soft / n).cpu(), Information(float(marginal), float(conditional), float(marginal - conditional))
+    )
 
 # %% ../nbs/method/07_information.ipynb #0c32cf70
 def check_samples(samples, num_classes):
     "Sample counts in ascending order; ValueError when the smallest could not show every class once."
     samples = sorted(int(n) for n in samples)
-    if not samples: raise ValueError("coverage needs at least one number of samples")
+    if not samples:
+        raise ValueError("coverage needs at least one number of samples")
     if samples[0] < num_classes:
-        raise ValueError(f"{samples[0]:,} samples can't cover {num_classes:,} classes: give at least as many samples as there are classes")
+        raise ValueError(
+            f"{samples[0]:,} samples can't cover {num_classes:,} classes: give at least as many samples as there are classes"
+        )
     return samples
+
 
 def share_bounds(count, n, num_classes, confidence=0.95):
     """Lower and upper bound of the probability of a class that came `count` times in `n`, valid for all classes at once.
@@ -132,14 +168,33 @@ def share_bounds(count, n, num_classes, confidence=0.95):
     high = stats.beta.ppf(1 - a, count + 1, n - count) if count < n else 1.0
     return float(low), float(high)
 
+
 def _coverage_row(counts, confidence):
     n, c, least = int(counts.sum()), len(counts), int(counts.min())
     low, high = share_bounds(least, n, c, confidence)
-    return dict(samples=n, zero_classes=int((counts == 0).sum()), min=least, max=int(counts.max()), max_over_expected=int(counts.max()) * c / n,
-                required_k=n / (c * least) if least else math.inf, required_k_low=1 / (c * high), required_k_high=1 / (c * low) if low else math.inf,
-                unseen_below=high if least == 0 else math.nan)
+    return dict(
+        samples=n,
+        zero_classes=int((counts == 0).sum()),
+        min=least,
+        max=int(counts.max()),
+        max_over_expected=int(counts.max()) * c / n,
+        required_k=n / (c * least) if least else math.inf,
+        required_k_low=1 / (c * high),
+        required_k_high=1 / (c * low) if low else math.inf,
+        unseen_below=high if least == 0 else math.nan,
+    )
 
-def coverage(teacher, draw, samples=(4_000, 10_000, 100_000), mode="auto", alpha=0.5, batch_size=256, generator=None, confidence=0.95):
+
+def coverage(
+    teacher,
+    draw,
+    samples=(4_000, 10_000, 100_000),
+    mode="auto",
+    alpha=0.5,
+    batch_size=256,
+    generator=None,
+    confidence=0.95,
+):
     """How many classes a teacher reaches as noise grows: a DataFrame with one row a number of samples.
 
     Columns: samples, zero_classes, min, max, max_over_expected (max · C / samples), required_k with its interval
@@ -150,17 +205,20 @@ def coverage(teacher, draw, samples=(4_000, 10_000, 100_000), mode="auto", alpha
     """
     counts, rows, waiting = None, [], None
     for z in noise_logits(teacher, draw, max(samples, default=1), mode, alpha, batch_size, generator):
-        if counts is None: counts, waiting = torch.zeros(z.shape[1], dtype=torch.long), check_samples(samples, z.shape[1])
+        if counts is None:
+            counts, waiting = torch.zeros(z.shape[1], dtype=torch.long), check_samples(samples, z.shape[1])
         labels = z.argmax(1).cpu()
         while waiting and waiting[0] <= counts.sum() + len(labels):
             cut = waiting.pop(0) - int(counts.sum())
             rows.append(_coverage_row(counts + labels[:cut].bincount(minlength=len(counts)), confidence))
         counts += labels.bincount(minlength=len(counts))
-    if not rows: check_samples(samples, 1)
+    if not rows:
+        check_samples(samples, 1)
     return pd.DataFrame(rows)
 
 # %% ../nbs/method/07_information.ipynb #da94b9a5
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
 
 def alpha_sweep(teacher, draw, alphas=ALPHAS, n=4096, batch_size=256, generator=None):
     """The information in a teacher's answers on noise, in nats, for each strength of batch alignment: a DataFrame.
@@ -174,6 +232,7 @@ def alpha_sweep(teacher, draw, alphas=ALPHAS, n=4096, batch_size=256, generator=
     seed = torch.randint(2**62, (1,), generator=g, device=device).item()
     found = {a: mutual_information(noise_logits(teacher, draw, n, "aligned", a, batch_size, seed)) for a in alphas}
     return pd.DataFrame([{"alpha": a, **vars(i)} for a, i in found.items()])
+
 
 def pick_alpha(teacher, draw, alphas=ALPHAS, n=4096, batch_size=256, generator=None):
     """The strength of batch alignment at which a teacher's answers on noise carry most information: one of `alphas`.

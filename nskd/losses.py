@@ -24,7 +24,8 @@ def kd_loss(student_logits, teacher_logits, tau=1.0, scale_by_tau2=False):
     log_p_s = F.log_softmax(student_logits.float() / tau, dim=1)
     log_p_t = F.log_softmax(teacher_logits.detach().float() / tau, dim=1)
     loss = F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
-    return loss * tau ** 2 if scale_by_tau2 else loss
+    return loss * tau**2 if scale_by_tau2 else loss
+
 
 def pseudo_label_loss(student_logits, teacher_logits):
     """Cross-entropy on the teacher's argmax, mean over the batch, in nats; both logits (B, C), the student's first.
@@ -34,13 +35,18 @@ def pseudo_label_loss(student_logits, teacher_logits):
     check_logits(student_logits, teacher_logits)
     return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=1))
 
+
 def check_logits(student_logits, teacher_logits):
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
-        raise ValueError("student and teacher logits must both be (batch, classes) and of one shape, not "
-                         f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
+        raise ValueError(
+            "student and teacher logits must both be (batch, classes) and of one shape, not "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+
 
 def check_tau(tau):
-    if not tau > 0: raise ValueError(f"the temperature tau must be positive, not {tau!r}")
+    if not tau > 0:
+        raise ValueError(f"the temperature tau must be positive, not {tau!r}")
 
 # %% ../nbs/method/03_losses.ipynb #7e5a790b
 def perception(logits, variant="paper"):
@@ -50,17 +56,27 @@ def perception(logits, variant="paper"):
     is all 0. ValueError for a batch of one, where everything would be 0. Source: LumiNet, Eq. 1.
     """
     one_of(variant, ("paper", "released"), "the variant")
-    if logits.dim() != 2: raise ValueError(f"logits must be (batch, classes), not {tuple(logits.shape)}")
-    if len(logits) < 2: raise ValueError(f"perception compares a logit with others of its class in the batch and needs a batch of at least 2, not {len(logits)}: all of it would be 0")
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be (batch, classes), not {tuple(logits.shape)}")
+    if len(logits) < 2:
+        raise ValueError(
+            f"perception compares a logit with others of its class in the batch and needs a batch of at least 2, not {len(logits)}: all of it would be 0"
+        )
     return _standardised(logits, variant)
+
 
 def _standardised(z, variant, scale=1.0):
     "`scale` times the perception of `z`, in one pass."
-    if z.dtype != torch.float64: z = z.float()
+    if z.dtype != torch.float64:
+        z = z.float()
     # equal logits must have a variance of 0, not of rounding errors, which dividing would blow up; the shift has no other effect
-    if variant == "paper": z = z - z[:1].detach()
+    if variant == "paper":
+        z = z - z[:1].detach()
     # PyTorch's own kernel takes ε = 0 (a variance of 0 then gives 0, gradient too), where F.batch_norm refuses to ask it
-    return torch.batch_norm(z, z.new_full((z.shape[1],), scale), None, None, None, True, 0.0, 0.0 if variant == "paper" else 1e-5, False)
+    return torch.batch_norm(
+        z, z.new_full((z.shape[1],), scale), None, None, None, True, 0.0, 0.0 if variant == "paper" else 1e-5, False
+    )
+
 
 def luminet_loss(student_logits, teacher_logits, tau=4.0, variant="paper", check=True):
     """KL(p_T ‖ p_S) of the two perceptions at temperature `tau`, summed over classes, in nats; both logits (B, C), the student's first.
@@ -73,11 +89,20 @@ def luminet_loss(student_logits, teacher_logits, tau=4.0, variant="paper", check
     check_logits(student_logits, teacher_logits)
     check_tau(tau)
     one_of(variant, ("paper", "released"), "the variant")
-    if (n := student_logits.shape[0]) < 2: raise ValueError(f"LumiNet's loss compares the inputs of a batch and needs at least 2, not {n}: all perceptions would be 0, and so would the loss")
-    if (c := student_logits.shape[1]) < 2: raise ValueError(f"LumiNet's loss compares distributions over classes and needs at least 2 classes, not {c}")
-    log_p_s, log_p_t = (F.log_softmax(_standardised(z, variant, 1 / tau), dim=1) for z in (student_logits, teacher_logits.detach()))
+    if (n := student_logits.shape[0]) < 2:
+        raise ValueError(
+            f"LumiNet's loss compares the inputs of a batch and needs at least 2, not {n}: all perceptions would be 0, and so would the loss"
+        )
+    if (c := student_logits.shape[1]) < 2:
+        raise ValueError(f"LumiNet's loss compares distributions over classes and needs at least 2 classes, not {c}")
+    log_p_s, log_p_t = (
+        F.log_softmax(_standardised(z, variant, 1 / tau), dim=1) for z in (student_logits, teacher_logits.detach())
+    )
     loss = F.kl_div(log_p_s, log_p_t, reduction="sum" if variant == "paper" else "batchmean", log_target=True)
-    if check and not torch.isfinite(loss): raise ValueError(f"{_whose(student_logits)} logits are not finite: LumiNet's loss has no value there")
+    if check and not torch.isfinite(loss):
+        raise ValueError(f"{_whose(student_logits)} logits are not finite: LumiNet's loss has no value there")
     return loss
 
-def _whose(student_logits): return "the teacher's" if torch.isfinite(student_logits).all() else "the student's"
+
+def _whose(student_logits):
+    return "the teacher's" if torch.isfinite(student_logits).all() else "the student's"

@@ -21,6 +21,7 @@ from .norms import make_norm, norm_kinds, replace_norm
 # %% ../nbs/method/08_models.ipynb #f4b16a14
 class _PreActBlock(nn.Module):
     "norm-relu-conv twice, around a shortcut."
+
     def __init__(self, c_in, c_out, stride, norm):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
@@ -32,8 +33,10 @@ class _PreActBlock(nn.Module):
         skip = x if self.shortcut is None else self.shortcut(h)
         return self.conv2(F.relu(self.norm2(self.conv1(h)))) + skip
 
+
 class WideResNet(nn.Module):
     "WRN-`depth`-`width` for small images; logits (B, num_classes)."
+
     def __init__(self, depth, width, num_classes, in_channels, norm):
         super().__init__()
         n = (depth - 4) // 6
@@ -50,16 +53,20 @@ class WideResNet(nn.Module):
         h = F.relu(self.norm(self.blocks(self.stem(x))))
         return self.fc(h.mean((2, 3)))
 
+
 def _kaiming(net):
     for m in net.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(m, nn.Linear):
+            nn.init.zeros_(m.bias)
 
 # %% ../nbs/method/08_models.ipynb #82e250a8
 class SmallImageResNet(torchvision.models.ResNet):
     "torchvision's ResNet of basic blocks with the small-image stem and `width` base channels; its own state-dict names."
+
     def __init__(self, layers, width, num_classes, in_channels, norm):
-        nn.Module.__init__(self)                    # torchvision's constructor fixes 64 base channels
+        nn.Module.__init__(self)  # torchvision's constructor fixes 64 base channels
         self._norm_layer, self.inplanes, self.dilation, self.groups, self.base_width = norm, width, 1, 1, 64
         block = torchvision.models.resnet.BasicBlock
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
@@ -74,6 +81,7 @@ class SmallImageResNet(torchvision.models.ResNet):
 # %% ../nbs/method/08_models.ipynb #3cf407b6
 class _InvertedResidual(nn.Module):
     "1×1 expand, 3×3 depthwise, 1×1 project, with a shortcut when the stride is 1, itself projected if `widens`."
+
     def __init__(self, c_in, c_out, expansion, stride, widens, norm):
         super().__init__()
         mid = expansion * c_in
@@ -82,14 +90,18 @@ class _InvertedResidual(nn.Module):
         self.project = nn.Sequential(nn.Conv2d(mid, c_out, 1, bias=False), norm(c_out))
         self.shortcut = None
         if stride == 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out)) if widens else nn.Identity()
+            self.shortcut = (
+                nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out)) if widens else nn.Identity()
+            )
 
     def forward(self, x):
         h = self.project(self.depthwise(self.expand(x)))
         return h if self.shortcut is None else h + self.shortcut(x)
 
+
 class MobileNetV2(nn.Module):
     "MobileNetV2 for small images with channel multiplier `width`; logits (B, num_classes)."
+
     stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
     def __init__(self, width, num_classes, in_channels, norm):
@@ -107,56 +119,94 @@ class MobileNetV2(nn.Module):
         self.fc = nn.Linear(last, num_classes)
         _kaiming(self)
 
-    def forward(self, x): return self.fc(self.head(self.blocks(self.stem(x))).mean((2, 3)))
+    def forward(self, x):
+        return self.fc(self.head(self.blocks(self.stem(x))).mean((2, 3)))
 
 # %% ../nbs/method/08_models.ipynb #5bc78e39
-def _hw(image_size): return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+def _hw(image_size):
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
 
 def _patch(image_size, tokens, most):
     "Patch size that leaves `tokens` tokens along the shorter side, at most `most` pixels."
     return min(most, max(1, min(_hw(image_size)) // tokens))
 
+
 def _vit(heads, width, num_classes, in_channels, image_size):
     from timm.models.vision_transformer import VisionTransformer
+
     # single pixels say too little to be tokens: on images below 16 pixels, 4 tokens a side
     patch = _patch(image_size, 8 if min(_hw(image_size)) >= 16 else 4, 16)
-    net = VisionTransformer(img_size=_hw(image_size), patch_size=patch, in_chans=in_channels, num_classes=num_classes,
-                            embed_dim=heads * max(8, round(64 * width)), depth=12, num_heads=heads)
+    net = VisionTransformer(
+        img_size=_hw(image_size),
+        patch_size=patch,
+        in_chans=in_channels,
+        num_classes=num_classes,
+        embed_dim=heads * max(8, round(64 * width)),
+        depth=12,
+        num_heads=heads,
+    )
     return _init_narrow(net) if width < 1 else net
+
 
 def _init_narrow(net):
     "timm's weights of deviation 0.02 fit the published widths; in a narrow ViT the signal starves, so scale them by fan-in."
     for m in net.modules():
-        if isinstance(m, nn.Linear): nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
     nn.init.normal_(net.pos_embed, std=0.3)
     return net
 
+
 def _swin_tiny(width, num_classes, in_channels, image_size):
     from timm.models.swin_transformer import SwinTransformer
+
     patch = _patch(image_size, 8, 4)
     side = min(_hw(image_size)) // patch
-    return SwinTransformer(img_size=_hw(image_size), patch_size=patch, in_chans=in_channels, num_classes=num_classes,
-                           embed_dim=3 * max(8, round(32 * width)), window_size=7 if side >= 28 else max(2, side // 2))
+    return SwinTransformer(
+        img_size=_hw(image_size),
+        patch_size=patch,
+        in_chans=in_channels,
+        num_classes=num_classes,
+        embed_dim=3 * max(8, round(32 * width)),
+        window_size=7 if side >= 28 else max(2, side // 2),
+    )
+
 
 def _convnext_small(width, num_classes, in_channels, image_size):
     from timm.models.convnext import ConvNeXt
+
     dims = tuple(8 * max(1, round(c * width / 8)) for c in (96, 192, 384, 768))
-    return ConvNeXt(in_chans=in_channels, num_classes=num_classes, depths=(3, 3, 27, 3), dims=dims,
-                    patch_size=_patch(image_size, 16, 4))
+    return ConvNeXt(
+        in_chans=in_channels,
+        num_classes=num_classes,
+        depths=(3, 3, 27, 3),
+        dims=dims,
+        patch_size=_patch(image_size, 16, 4),
+    )
 
 # %% ../nbs/method/08_models.ipynb #28456d2f
 def _cnn(build, paper_width):
     "A family of ours: `build(width, num_classes, in_channels, norm)` at `paper_width` by default, BN by default."
+
     def make(num_classes, in_channels, image_size, norm, width):
-        return build(paper_width if width is None else width, num_classes, in_channels, partial(make_norm, norm or "bn"))
+        return build(
+            paper_width if width is None else width, num_classes, in_channels, partial(make_norm, norm or "bn")
+        )
+
     return make
+
 
 def _ln_family(build):
     "A family whose own norm is LayerNorm."
+
     def make(num_classes, in_channels, image_size, norm, width):
-        if norm not in (None, "ln"): raise ValueError(f"this family is built with LayerNorm: norm must be 'ln', not {norm!r}")
+        if norm not in (None, "ln"):
+            raise ValueError(f"this family is built with LayerNorm: norm must be 'ln', not {norm!r}")
         return build(1.0 if width is None else width, num_classes, in_channels, image_size)
+
     return make
+
 
 _FAMILIES = {
     "wrn28": _cnn(lambda w, n, c, norm: WideResNet(28, w, n, c, norm), 10),
@@ -165,9 +215,12 @@ _FAMILIES = {
     "r18": _cnn(lambda w, n, c, norm: SmallImageResNet((2, 2, 2, 2), w, n, c, norm), 64),
     "r34": _cnn(lambda w, n, c, norm: SmallImageResNet((3, 4, 6, 3), w, n, c, norm), 64),
     "mv2": _cnn(lambda w, n, c, norm: MobileNetV2(w, n, c, norm), 1.0),
-    "vit_tiny": _ln_family(partial(_vit, 3)), "vit_small": _ln_family(partial(_vit, 6)),
-    "swin_tiny": _ln_family(_swin_tiny), "convnext_small": _ln_family(_convnext_small),
+    "vit_tiny": _ln_family(partial(_vit, 3)),
+    "vit_small": _ln_family(partial(_vit, 6)),
+    "swin_tiny": _ln_family(_swin_tiny),
+    "convnext_small": _ln_family(_convnext_small),
 }
+
 
 def list_models():
     "Names that `create_model` builds itself; any timm or torchvision name works besides."
@@ -183,60 +236,101 @@ def create_model(name, num_classes=10, in_channels=3, image_size=32, norm=None, 
     wrn40 2), base channels (r18, r34: 64), multiplier (mv2, vit, swin, convnext: 1.0). `seed`: initialise from this
     seed, leaving the CPU's global random state as it was. ValueError on an unknown name, with the nearest known one.
     """
-    if norm is not None: one_of(norm, ("bn", "ln", "gn"), "norm")
+    if norm is not None:
+        one_of(norm, ("bn", "ln", "gn"), "norm")
     check_width(name, width)
-    if min(_hw(image_size)) < 8: raise ValueError(f"image_size must be at least 8 pixels, not {image_size!r}")
-    if num_classes < 1 or in_channels < 1: raise ValueError("num_classes and in_channels must be at least 1")
+    if min(_hw(image_size)) < 8:
+        raise ValueError(f"image_size must be at least 8 pixels, not {image_size!r}")
+    if num_classes < 1 or in_channels < 1:
+        raise ValueError("num_classes and in_channels must be at least 1")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None: torch.default_generator.manual_seed(seed)         # not the GPU's: networks are made on the CPU
-        if name in _FAMILIES: net = _FAMILIES[name](num_classes, in_channels, image_size, norm, whole_width(width))
-        else: net = _from_library(name, num_classes, in_channels, image_size, norm, width)
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)  # not the GPU's: networks are made on the CPU
+        if name in _FAMILIES:
+            net = _FAMILIES[name](num_classes, in_channels, image_size, norm, whole_width(width))
+        else:
+            net = _from_library(name, num_classes, in_channels, image_size, norm, width)
     net.input_shape = (in_channels, *_hw(image_size))
     return net
 
-def check_width(name, width):
-    if width is None: return
-    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < math.inf: raise ValueError(f"width must be a positive number, not {width!r}")
-    if name in ("wrn28", "wrn16", "wrn40", "r18", "r34") and width != int(width):
-        raise ValueError(f"the width of {name} is a whole number ({'widening factor' if name[0] == 'w' else 'base channels'}), not {width!r}")
 
-def whole_width(width): return int(width) if width is not None and width == int(width) else width
+def check_width(name, width):
+    if width is None:
+        return
+    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < math.inf:
+        raise ValueError(f"width must be a positive number, not {width!r}")
+    if name in ("wrn28", "wrn16", "wrn40", "r18", "r34") and width != int(width):
+        raise ValueError(
+            f"the width of {name} is a whole number ({'widening factor' if name[0] == 'w' else 'base channels'}), not {width!r}"
+        )
+
+
+def whole_width(width):
+    return int(width) if width is not None and width == int(width) else width
 
 # %% ../nbs/method/08_models.ipynb #71013421
 def _from_library(name, num_classes, in_channels, image_size, norm, width):
     "A timm or torchvision model; `norm` other than its own replaces its BatchNorms."
     import timm
+
     bare = str(name).rpartition(":")[2]
-    if not (timm.is_model(bare) or bare in torchvision.models.list_models()): raise ValueError(_unknown(name, timm))
-    if width is not None: raise ValueError(f"{name} comes from a library in one width: leave width out, or pick a variant by name")
+    if not (timm.is_model(bare) or bare in torchvision.models.list_models()):
+        raise ValueError(_unknown(name, timm))
+    if width is not None:
+        raise ValueError(f"{name} comes from a library in one width: leave width out, or pick a variant by name")
     source = str(name).rpartition(":")[0]
-    if source in ("", "timm") and timm.is_model(bare): net = _from_timm(bare, num_classes, in_channels, image_size)
+    if source in ("", "timm") and timm.is_model(bare):
+        net = _from_timm(bare, num_classes, in_channels, image_size)
     elif source in ("", "torchvision") and bare in torchvision.models.list_models():
         net = _from_torchvision(bare, num_classes, in_channels)
-    else: raise ValueError(_unknown(name, timm))
+    else:
+        raise ValueError(_unknown(name, timm))
     net.input_shape = (in_channels, *_hw(image_size))
-    if norm in ("ln", "gn") and norm_kinds(net)["bn"]: replace_norm(net, norm)
+    if norm in ("ln", "gn") and norm_kinds(net)["bn"]:
+        replace_norm(net, norm)
     if norm is not None and not norm_kinds(net)[norm]:
         raise ValueError(f"{name} has no {norm} layers and none that could be replaced by them ({norm_kinds(net)})")
     return net
 
+
 def _from_timm(name, num_classes, in_channels, image_size):
     import timm
+
     args = dict(pretrained=False, num_classes=num_classes, in_chans=in_channels)
-    try: return timm.create_model(name, img_size=_hw(image_size), **args)
-    except TypeError: return timm.create_model(name, **args)                  # CNNs take no img_size
+    try:
+        return timm.create_model(name, img_size=_hw(image_size), **args)
+    except TypeError:
+        return timm.create_model(name, **args)  # CNNs take no img_size
+
 
 def _from_torchvision(name, num_classes, in_channels):
     net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     first = next((n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)), None)
     conv = net.get_submodule(first) if first else None
     if conv is None or conv.in_channels != in_channels:
-        if conv is None or conv.groups != 1: raise ValueError(f"{name} takes {getattr(conv, 'in_channels', 3)} channels, not {in_channels}")
+        if conv is None or conv.groups != 1:
+            raise ValueError(f"{name} takes {getattr(conv, 'in_channels', 3)} channels, not {in_channels}")
         parent, _, leaf = first.rpartition(".")
-        setattr(net.get_submodule(parent), leaf, nn.Conv2d(in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                                                           conv.padding, conv.dilation, bias=conv.bias is not None))
+        setattr(
+            net.get_submodule(parent),
+            leaf,
+            nn.Conv2d(
+                in_channels,
+                conv.out_channels,
+                conv.kernel_size,
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                bias=conv.bias is not None,
+            ),
+        )
     return net
 
+
 def _unknown(name, timm):
-    near = nearest(name, list_models(), 0.5) or nearest(str(name).rpartition(":")[2], [*timm.list_models(), *torchvision.models.list_models()], 0.6)
-    return f"there is no model named {name!r}" + (f", did you mean {near!r}?" if near else f"; ours are {', '.join(list_models())}")
+    near = nearest(name, list_models(), 0.5) or nearest(
+        str(name).rpartition(":")[2], [*timm.list_models(), *torchvision.models.list_models()], 0.6
+    )
+    return f"there is no model named {name!r}" + (
+        f", did you mean {near!r}?" if near else f"; ours are {', '.join(list_models())}"
+    )

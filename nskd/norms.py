@@ -17,9 +17,9 @@ from torch import nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .engine.alignment_kernel import blend, has_closed_form, in_closed_form
+from .engine.alignment_kernel import blend, has_fast_alignment, fast_alignment
 from .engine.config import one_of
-from .engine.shared_batch import sharing, whole_moments
+from .engine.shared_batch import in_shared_batch, whole_batch_moments
 
 # %% ../nbs/method/01_norms.ipynb #99696cf4
 def norm_kinds(net):
@@ -31,11 +31,16 @@ def norm_kinds(net):
     kinds = Counter(_kind(m) for m in net.modules())
     return {k: kinds[k] for k in ("bn", "ln", "gn", "aligned")}
 
+
 def _kind(m):
-    if isinstance(m, _BatchNorm): return "bn"
-    if isinstance(m, BatchAligned): return "aligned"
-    if isinstance(m, nn.LayerNorm): return "ln"
-    if isinstance(m, nn.GroupNorm): return "ln" if m.num_groups == 1 else "gn"
+    if isinstance(m, _BatchNorm):
+        return "bn"
+    if isinstance(m, BatchAligned):
+        return "aligned"
+    if isinstance(m, nn.LayerNorm):
+        return "ln"
+    if isinstance(m, nn.GroupNorm):
+        return "ln" if m.num_groups == 1 else "gn"
     return None
 
 # %% ../nbs/method/01_norms.ipynb #e8bc5e32
@@ -58,11 +63,14 @@ def bn_mode(net, mode):
         if mode == "cs":
             # `training` selects the batch's statistics; without `track_running_stats` the layer hands no buffer to
             # the kernel, so none can move (num_batches_tracked included)
-            for m in bns: m.training, m.track_running_stats = True, False
+            for m in bns:
+                m.training, m.track_running_stats = True, False
         yield net
     finally:
-        for m, flag in tracking: m.track_running_stats = flag
-        for m, flag in training: m.training = flag
+        for m, flag in tracking:
+            m.track_running_stats = flag
+        for m, flag in training:
+            m.training = flag
 
 # %% ../nbs/method/01_norms.ipynb #4401f895
 class BatchAligned(nn.Module):
@@ -72,6 +80,7 @@ class BatchAligned(nn.Module):
     and token tensors. `alpha=0` and a batch of one return the wrapped layer's own output, bit for bit.
     Source: NormShift-KD, Algorithm 1, Eq. 3 to 5.
     """
+
     def __init__(self, norm, alpha=0.5):
         super().__init__()
         self.norm, self.alpha = norm, check_alpha(alpha)
@@ -79,23 +88,38 @@ class BatchAligned(nn.Module):
         self.register_forward_pre_hook(_no_change)
 
     def forward(self, x):
-        if self.alpha == 0 or (x.shape[0] == 1 and not sharing()): return self.norm(x)
-        z = in_closed_form(self.norm, x, self.alpha) if has_closed_form(self.norm, x) else _as_written(self.norm, x, self.alpha)
-        for name in ("drop", "act"):                # timm fuses an activation into some of its norm layers
-            if isinstance(getattr(self.norm, name, None), nn.Module): z = getattr(self.norm, name)(z)
+        if self.alpha == 0 or (x.shape[0] == 1 and not in_shared_batch()):
+            return self.norm(x)
+        z = (
+            fast_alignment(self.norm, x, self.alpha)
+            if has_fast_alignment(self.norm, x)
+            else _as_written(self.norm, x, self.alpha)
+        )
+        for name in ("drop", "act"):  # timm fuses an activation into some of its norm layers
+            if isinstance(getattr(self.norm, name, None), nn.Module):
+                z = getattr(self.norm, name)(z)
         return z
 
     # models that look into their norm layers find what they would have found before
     @property
-    def weight(self): return self.norm.weight
-    @property
-    def bias(self): return self.norm.bias
-    @property
-    def eps(self): return self.norm.eps
+    def weight(self):
+        return self.norm.weight
 
-    def extra_repr(self): return f"alpha={self.alpha}"
+    @property
+    def bias(self):
+        return self.norm.bias
 
-def _no_change(module, inputs): return None
+    @property
+    def eps(self):
+        return self.norm.eps
+
+    def extra_repr(self):
+        return f"alpha={self.alpha}"
+
+
+def _no_change(module, inputs):
+    return None
+
 
 def check_alpha(alpha):
     if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
@@ -107,17 +131,22 @@ def is_nchw_layer_norm(norm):
     # torchvision's and timm's LayerNorm2d take NCHW but normalise over C: the name is all that tells them apart
     return isinstance(norm, nn.LayerNorm) and "2d" in type(norm).__name__.lower()
 
+
 def _without_affine(norm, x):
     "The per-sample normalisation of `norm` without γ and β."
-    if isinstance(norm, nn.GroupNorm): return F.group_norm(x, norm.num_groups, None, None, norm.eps)
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(x, norm.num_groups, None, None, norm.eps)
     if is_nchw_layer_norm(norm):
         return F.layer_norm(x.permute(0, 2, 3, 1), norm.normalized_shape, None, None, norm.eps).permute(0, 3, 1, 2)
     return F.layer_norm(x, norm.normalized_shape, None, None, norm.eps)
 
+
 def channel_axis(norm, x):
     "Axis of `x` along which γ and β vary."
-    if isinstance(norm, nn.GroupNorm) or is_nchw_layer_norm(norm): return 1
+    if isinstance(norm, nn.GroupNorm) or is_nchw_layer_norm(norm):
+        return 1
     return x.dim() - len(norm.normalized_shape)
+
 
 def _as_written(norm, x, alpha):
     "Algorithm 1, one line after the other."
@@ -125,34 +154,46 @@ def _as_written(norm, x, alpha):
     axis = channel_axis(norm, z)
     weight, bias = (_shaped(p, z, axis) for p in (norm.weight, norm.bias))
     scale, shift = (_shaped(p, z, axis) for p in blend(*_channel_moments(z, axis, norm.eps), alpha))
-    if weight is not None: scale, shift = weight * scale, weight * shift
-    if bias is not None: shift = shift + bias
+    if weight is not None:
+        scale, shift = weight * scale, weight * shift
+    if bias is not None:
+        shift = shift + bias
     return torch.addcmul(shift.to(z.dtype), z, scale.to(z.dtype))
+
 
 def _channel_moments(z, axis, eps):
     "Mean and 1/√(σ² + ε) of each channel over batch and positions, (C,) each, float32 or better."
     channels = z.shape[axis]
-    flat = (z if axis == 1 else z.reshape(-1, channels) if axis == z.dim() - 1 else z.movedim(axis, 1))
+    flat = z if axis == 1 else z.reshape(-1, channels) if axis == z.dim() - 1 else z.movedim(axis, 1)
     flat = flat.to(torch.promote_types(z.dtype, torch.float32))
-    if sharing() or torch.is_grad_enabled() and flat.requires_grad:     # an aligned student: the statistics carry gradients too
+    if (
+        in_shared_batch() or torch.is_grad_enabled() and flat.requires_grad
+    ):  # an aligned student: the statistics carry gradients too
         var, mean = torch.var_mean(flat, [d for d in range(flat.dim()) if d != 1], correction=0)
-        mean, var, _ = whole_moments(mean, var, flat.numel() // channels)       # of the batch that several processes share
+        mean, var, _ = whole_batch_moments(
+            mean, var, flat.numel() // channels
+        )  # of the batch that several processes share
         return mean, torch.rsqrt(var + eps)
     # the batch-norm kernel's own statistics: on a CPU several times faster than var_mean, but without gradient
     return torch.native_batch_norm(flat, None, None, None, None, True, 0.0, eps)[1:]
 
+
 def _shaped(p, z, axis):
     "One value a channel, shaped to broadcast against `z`; None and what has more dimensions as they are."
-    if p is None or p.dim() > 1: return p
+    if p is None or p.dim() > 1:
+        return p
     return p.view([-1 if d == axis else 1 for d in range(z.dim())])
 
 # %% ../nbs/method/01_norms.ipynb #30f71bbc
 def children_where(net, cond):
     "(parent, attribute, module) of every submodule for which `cond` holds; wrapped layers are not looked into."
     for parent in list(net.modules()):
-        if isinstance(parent, BatchAligned): continue
+        if isinstance(parent, BatchAligned):
+            continue
         for name, child in list(parent.named_children()):
-            if cond(child): yield parent, name, child
+            if cond(child):
+                yield parent, name, child
+
 
 def align_batch(net, alpha=0.5):
     """Wrap every LayerNorm and GroupNorm of `net` with batch alignment, in place, and return `net`.
@@ -161,13 +202,15 @@ def align_batch(net, alpha=0.5):
     Source: NormShift-KD, section 5.1, Algorithm 1.
     """
     alpha = check_alpha(alpha)
-    if _kind(net) in ("ln", "gn"): return BatchAligned(net, alpha)
+    if _kind(net) in ("ln", "gn"):
+        return BatchAligned(net, alpha)
     kinds = norm_kinds(net)
     if not kinds["ln"] + kinds["gn"]:
         raise ValueError(f"batch alignment needs LayerNorm or GroupNorm layers, and this network has none ({kinds})")
     for parent, name, norm in children_where(net, lambda m: _kind(m) in ("ln", "gn")):
         setattr(parent, name, BatchAligned(norm, alpha))
     return set_alpha(net, alpha)
+
 
 def set_alpha(net, alpha):
     """Set the blend factor of every batch-aligned layer of `net`, and return `net`.
@@ -176,13 +219,17 @@ def set_alpha(net, alpha):
     """
     alpha = check_alpha(alpha)
     wrapped = [m for m in net.modules() if isinstance(m, BatchAligned)]
-    if not wrapped: raise ValueError("no layer is batch-aligned yet: call align_batch(net) first")
-    for m in wrapped: m.alpha = alpha
+    if not wrapped:
+        raise ValueError("no layer is batch-aligned yet: call align_batch(net) first")
+    for m in wrapped:
+        m.alpha = alpha
     return net
+
 
 def unalign(net):
     "Take the wrappers of `align_batch` off again, in place, and return `net`."
-    if isinstance(net, BatchAligned): return net.norm
+    if isinstance(net, BatchAligned):
+        return net.norm
     for parent, name, wrapper in children_where(net, lambda m: isinstance(m, BatchAligned)):
         setattr(parent, name, wrapper.norm)
     return net
@@ -197,11 +244,16 @@ def resolve_teacher_mode(net, mode="auto"):
     one_of(mode, ("auto", "rs", "cs", "aligned"), "teacher_mode")
     kinds = norm_kinds(net)
     per_sample = kinds["ln"] + kinds["gn"]
-    if mode == "auto": mode = "aligned" if per_sample else "cs"
+    if mode == "auto":
+        mode = "aligned" if per_sample else "cs"
     if mode == "aligned" and not per_sample:
-        raise ValueError(f"teacher_mode 'aligned' needs LayerNorm or GroupNorm layers, and this network has none ({kinds})")
-    if mode == "cs" and not kinds["bn"]: mode = "rs"
+        raise ValueError(
+            f"teacher_mode 'aligned' needs LayerNorm or GroupNorm layers, and this network has none ({kinds})"
+        )
+    if mode == "cs" and not kinds["bn"]:
+        mode = "rs"
     return mode
+
 
 @contextmanager
 def teacher_context(net, mode="auto", alpha=0.5):
@@ -211,19 +263,25 @@ def teacher_context(net, mode="auto", alpha=0.5):
     modes layers that came aligned are run without it.
     """
     mode = resolve_teacher_mode(net, mode)
-    with bn_mode(net, "rs" if mode == "rs" else "cs"), _aligned(net, alpha if mode == "aligned" else 0): yield net
+    with bn_mode(net, "rs" if mode == "rs" else "cs"), _aligned(net, alpha if mode == "aligned" else 0):
+        yield net
+
 
 @contextmanager
 def _aligned(net, alpha):
     "Align for a while: factors that were there come back, wrappers that were not go."
     came = {m: m.alpha for m in net.modules() if isinstance(m, BatchAligned)}
-    if alpha > 0: align_batch(net, alpha)
-    for m in came: m.alpha = check_alpha(alpha)
-    try: yield net
+    if alpha > 0:
+        align_batch(net, alpha)
+    for m in came:
+        m.alpha = check_alpha(alpha)
+    try:
+        yield net
     finally:
         for parent, name, wrapper in children_where(net, lambda m: isinstance(m, BatchAligned) and m not in came):
             setattr(parent, name, wrapper.norm)
-        for m, a in came.items(): m.alpha = a
+        for m, a in came.items():
+            m.alpha = a
 
 # %% ../nbs/method/01_norms.ipynb #25354fdc
 def group_count(channels, groups=32):
@@ -231,14 +289,17 @@ def group_count(channels, groups=32):
     # one channel a group would be InstanceNorm, which erases what a channel says on average
     return max((g for g in range(1, min(groups, channels // 2) + 1) if channels % g == 0), default=1)
 
+
 def make_norm(kind, channels):
     """A normalisation layer for `channels` feature maps: `"bn"`, `"ln"` (GroupNorm(1, C), γ and β in R^C) or `"gn"`.
 
     All three have 2C parameters, so that parameter counts don't depend on the norm (NormShift-KD, Algorithm 1).
     """
     one_of(kind, ("bn", "ln", "gn"), "norm")
-    if kind == "bn": return nn.BatchNorm2d(channels)
+    if kind == "bn":
+        return nn.BatchNorm2d(channels)
     return nn.GroupNorm(1 if kind == "ln" else group_count(channels), channels)
+
 
 def _forward_order(net, example):
     "Names of the BatchNorm layers in the order in which a forward pass reaches them."
@@ -247,13 +308,18 @@ def _forward_order(net, example):
         if isinstance(m, _BatchNorm):
             handles.append(m.register_forward_pre_hook(lambda m, _, name=name: name in order or order.append(name)))
     try:
-        with bn_mode(net, "cs"), torch.no_grad(): net(example)
+        with bn_mode(net, "cs"), torch.no_grad():
+            net(example)
     except RuntimeError as e:
-        raise ValueError(f"the forward pass that orders the layers failed on an input of shape {tuple(example.shape)}: "
-                         f"pass example=, a batch of at least two inputs of the right shape ({e})") from e
+        raise ValueError(
+            f"the forward pass that orders the layers failed on an input of shape {tuple(example.shape)}: "
+            f"pass example=, a batch of at least two inputs of the right shape ({e})"
+        ) from e
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     return order
+
 
 def replace_norm(net, to="ln", fraction=1.0, example=None):
     """Replace the last `fraction` of the BatchNorm layers of `net` by `to`, in place; return the replaced names.
@@ -264,27 +330,35 @@ def replace_norm(net, to="ln", fraction=1.0, example=None):
     networks, or of 32x32 pixels.
     """
     one_of(to, ("bn", "ln", "gn"), "to")
-    if not 0 <= fraction <= 1: raise ValueError(f"fraction is a share between 0 and 1, not {fraction!r}")
-    if to == "bn" or fraction == 0: return []
-    if example is None: example = _example(net)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction is a share between 0 and 1, not {fraction!r}")
+    if to == "bn" or fraction == 0:
+        return []
+    if example is None:
+        example = _example(net)
     order = _forward_order(net, example)
-    names = list(reversed(order))[:round(fraction * len(order))]
+    names = list(reversed(order))[: round(fraction * len(order))]
     for name in names:
         parent, _, leaf = name.rpartition(".")
         old = net.get_submodule(name)
         new = make_norm(to, old.num_features)
-        if old.weight is not None: new.to(old.weight)
+        if old.weight is not None:
+            new.to(old.weight)
         new.eps = old.eps
-        if old.affine: new.load_state_dict({"weight": old.weight, "bias": old.bias})
-        if isinstance(getattr(old, "act", None), nn.Module): new = nn.Sequential(new, old.act)    # timm's BatchNormAct
+        if old.affine:
+            new.load_state_dict({"weight": old.weight, "bias": old.bias})
+        if isinstance(getattr(old, "act", None), nn.Module):
+            new = nn.Sequential(new, old.act)  # timm's BatchNormAct
         setattr(net.get_submodule(parent), leaf, new)
     return names
+
 
 def _example(net):
     shape = getattr(net, "input_shape", None)
     if shape is None:
         first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is None: raise ValueError("replace_norm found no convolution to guess the input's shape from: pass example=")
+        if first is None:
+            raise ValueError("replace_norm found no convolution to guess the input's shape from: pass example=")
         shape = (first.in_channels, 32, 32)
     param = next(net.parameters())
     return torch.zeros(2, *shape, device=param.device, dtype=param.dtype)
@@ -292,14 +366,18 @@ def _example(net):
 # %% ../nbs/method/01_norms.ipynb #4c817169
 class ChannelsLastBatchNorm(nn.BatchNorm1d):
     "BatchNorm over the last axis of a channels-last or token tensor; statistics over all others."
-    def forward(self, x): return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def forward(self, x):
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
 
 def layer_to_batch_norm(net):
     """Put a fresh BatchNorm in place of every LayerNorm of `net`, in place; return `net`. γ and β start at 1 and 0.
 
     ValueError where there is none. Source: the ConvNeXt-BN of NormShift-KD, Table 12.
     """
-    if not norm_kinds(net)["ln"]: raise ValueError(f"this network has no LayerNorm to exchange ({norm_kinds(net)})")
+    if not norm_kinds(net)["ln"]:
+        raise ValueError(f"this network has no LayerNorm to exchange ({norm_kinds(net)})")
     for parent, name, norm in children_where(net, lambda m: isinstance(m, (nn.LayerNorm, nn.GroupNorm))):
         nchw = isinstance(norm, nn.GroupNorm) or is_nchw_layer_norm(norm)
         channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[-1]
@@ -310,6 +388,8 @@ def layer_to_batch_norm(net):
 def set_dropout(net, p):
     "Set the probability of every Dropout of `net`, in place; return `net`. ValueError where there is none."
     layers = [m for m in net.modules() if isinstance(m, nn.Dropout)]
-    if not layers: raise ValueError("this network has no dropout layers")
-    for m in layers: m.p = p
+    if not layers:
+        raise ValueError("this network has no dropout layers")
+    for m in layers:
+        m.p = p
     return net

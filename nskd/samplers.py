@@ -20,6 +20,7 @@ class Sampler:
 
     `uses_data` tells the ledger what of the real data went into it, in words; "" for nothing.
     """
+
     def __init__(self, name, shape, sample, uses_data="", about=""):
         self.name, self.shape, self.sample, self.uses_data, self.about = name, tuple(shape), sample, uses_data, about
 
@@ -27,17 +28,27 @@ class Sampler:
         device = device or (generator.device if generator is not None else "cpu")
         return self.sample((n, *self.shape), generator=generator, device=device)
 
-    def __repr__(self): return f"Sampler({self.name!r}, shape={self.shape}{self.about})"       # all that tells two samplers apart
+    def __repr__(self):
+        return f"Sampler({self.name!r}, shape={self.shape}{self.about})"  # all that tells two samplers apart
 
-def _gaussian(size, **kw): return torch.randn(size, **kw)
 
-def _uniform(size, **kw): return (torch.rand(size, **kw) * 2 - 1).mul_(math.sqrt(3))     # unit variance, as the Gaussian has
+def _gaussian(size, **kw):
+    return torch.randn(size, **kw)
+
+
+def _uniform(size, **kw):
+    return (torch.rand(size, **kw) * 2 - 1).mul_(math.sqrt(3))  # unit variance, as the Gaussian has
+
 
 def _ddg(mean, std):
-    on = cache(lambda device: [t.to(device).view(1, -1, 1, 1) for t in (mean, std)])       # a GPU is sent them once: it waits for what it is sent
+    on = cache(
+        lambda device: [t.to(device).view(1, -1, 1, 1) for t in (mean, std)]
+    )  # a GPU is sent them once: it waits for what it is sent
+
     def sample(size, **kw):
         m, s = on(str(kw["device"]))
         return torch.randn(size, **kw).mul_(s).add_(m).clamp_(0, 1).sub_(m).div_(s)
+
     return sample
 
 # %% ../nbs/method/02_samplers.ipynb #42fd78b7
@@ -46,13 +57,15 @@ def _standardise(x):
     var, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
     return x.sub_(mean).mul_(torch.where(var > 1e-12, var.rsqrt(), 0))
 
+
 def _perlin_axis(pixels, cell, device):
     "Fade weights of the lattice points, and the same times the signed distance in cells: (pixels, points) each."
-    t = (torch.arange(pixels, device=device) + 0.5) / cell                                  # pixel centres, in cells
-    d = t[:, None] - torch.arange(math.ceil(pixels / cell) + 1, device=device)              # (pixels, points)
-    u = (1 - d.abs()).clamp(min=0)                                                          # 0 but for the two neighbours
-    weight = u ** 3 * (u * (6 * u - 15) + 10)
+    t = (torch.arange(pixels, device=device) + 0.5) / cell  # pixel centres, in cells
+    d = t[:, None] - torch.arange(math.ceil(pixels / cell) + 1, device=device)  # (pixels, points)
+    u = (1 - d.abs()).clamp(min=0)  # 0 but for the two neighbours
+    weight = u**3 * (u * (6 * u - 15) + 10)
     return weight, weight * d
+
 
 def _perlin(size, generator=None, device="cpu"):
     n, c, h, w = size
@@ -65,7 +78,8 @@ def _perlin(size, generator=None, device="cpu"):
     return _standardise(out)
 
 # %% ../nbs/method/02_samplers.ipynb #85161979
-_LEAVES = 32          # discs a round; on average a pixel is covered after about 64
+_LEAVES = 32  # discs a round; on average a pixel is covered after about 64
+
 
 def _leaf_radii(shape, h, w, generator, device, a=0.03, b=1.0):
     "Radii of discs that can touch an h × w image, density r⁻³ (h + 2r)(w + 2r) on [a, b], in units of the shorter side."
@@ -75,11 +89,13 @@ def _leaf_radii(shape, h, w, generator, device, a=0.03, b=1.0):
     cubic, square, inverse = (a**-2 - u * (a**-2 - b**-2)) ** -0.5, 1 / (1 / a - u * (1 / a - 1 / b)), a * (b / a) ** u
     return torch.where(which < cut[0], cubic, torch.where(which < cut[1], square, inverse))
 
+
 def _leaf_round(shape, h, w, c, generator, device):
     "One round of discs: centres y and x, squared radii, each `shape`, and colours (*shape, c)."
     r = _leaf_radii(shape, h, w, generator, device)
     y, x = torch.rand(2, *shape, generator=generator, device=device)
     return y * (h + 2 * r) - r, x * (w + 2 * r) - r, r * r, torch.rand(*shape, c, generator=generator, device=device)
+
 
 @cache
 def _pixel_centres(h, w, device):
@@ -87,17 +103,21 @@ def _pixel_centres(h, w, device):
     y, x = torch.meshgrid((torch.arange(h) + 0.5) / unit, (torch.arange(w) + 0.5) / unit, indexing="ij")
     return y.flatten().to(device), x.flatten().to(device)
 
+
 def _dead_leaves(size, generator=None, device="cpu"):
     n, c, h, w = size
-    chunk = 16 if torch.device(device).type == "cpu" else 512          # a chunk's mask fits a CPU's cache
+    chunk = 16 if torch.device(device).type == "cpu" else 512  # a chunk's mask fits a CPU's cache
     unit, (py, px) = min(h, w), _pixel_centres(h, w, str(device))
     out = torch.empty(n, h * w, c, device=device)
-    for part in out.split(chunk):                                       # views of `out`
-        image, pixel = (i.flatten() for i in torch.meshgrid(*(torch.arange(k, device=device) for k in part.shape[:2]), indexing="ij"))
-        while len(image):                                               # pixels that no disc has covered yet
+    for part in out.split(chunk):  # views of `out`
+        image, pixel = (
+            i.flatten()
+            for i in torch.meshgrid(*(torch.arange(k, device=device) for k in part.shape[:2]), indexing="ij")
+        )
+        while len(image):  # pixels that no disc has covered yet
             y, x, r2, colour = _leaf_round((len(part), _LEAVES), h / unit, w / unit, c, generator, device)
             inside = (y[image] - py[pixel, None]).square_().add_((x[image] - px[pixel, None]).square_()) <= r2[image]
-            covered, first = inside.max(1)                              # (pixels,): whether, and by which disc first
+            covered, first = inside.max(1)  # (pixels,): whether, and by which disc first
             part[image[covered], pixel[covered]] = colour[image[covered], first[covered]]
             image, pixel = image[~covered], pixel[~covered]
     return _standardise(out.mT.reshape(size))
@@ -114,16 +134,28 @@ def create_sampler(name, shape, mean=None, std=None):
     name or shape. Source: NormShift-KD, Appendix A (noise types); Raikwar & Mishra 2022 (gaussian).
     """
     one_of(name, _SAMPLERS, "sampler")
-    if len(shape) != 3 or min(shape) < 1: raise ValueError(f"shape must be (channels, height, width), not {tuple(shape)}")
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"shape must be (channels, height, width), not {tuple(shape)}")
     if name == "ddg":
-        if mean is None or std is None: raise ValueError("the ddg sampler needs the data's mean and std, one number a channel")
+        if mean is None or std is None:
+            raise ValueError("the ddg sampler needs the data's mean and std, one number a channel")
         mean, std = (torch.as_tensor(t, dtype=torch.float32).flatten() for t in (mean, std))
-        if len(mean) != shape[0] or len(std) != shape[0]: raise ValueError(f"mean and std need {shape[0]} channels, not {len(mean)} and {len(std)}")
-        if not (std > 0).all(): raise ValueError(f"std must be positive in every channel, not {std.tolist()}")
-        return Sampler(name, shape, _ddg(mean, std), uses_data="channel means and deviations of the real training images", about=f", mean={mean.tolist()}, std={std.tolist()}")
+        if len(mean) != shape[0] or len(std) != shape[0]:
+            raise ValueError(f"mean and std need {shape[0]} channels, not {len(mean)} and {len(std)}")
+        if not (std > 0).all():
+            raise ValueError(f"std must be positive in every channel, not {std.tolist()}")
+        return Sampler(
+            name,
+            shape,
+            _ddg(mean, std),
+            uses_data="channel means and deviations of the real training images",
+            about=f", mean={mean.tolist()}, std={std.tolist()}",
+        )
     return Sampler(name, shape, _SAMPLERS[name])
 
+
 _SAMPLERS = {"gaussian": _gaussian, "uniform": _uniform, "ddg": None, "perlin": _perlin, "dead_leaves": _dead_leaves}
+
 
 def list_samplers():
     "Names that `create_sampler` knows."
@@ -132,20 +164,30 @@ def list_samplers():
 # %% ../nbs/method/02_samplers.ipynb #79017370
 class _Picks:
     "Random images of a fixed set; not a closure, so that a sampler of images can be sent to another process."
-    def __init__(self, images, change): self.images, self.change = images, change
+
+    def __init__(self, images, change):
+        self.images, self.change = images, change
 
     def __call__(self, size, generator=None, device="cpu"):
-        self.images = self.images.to(device)                 # once: they stay where they are asked for
+        self.images = self.images.to(device)  # once: they stay where they are asked for
         x = self.images[torch.randint(len(self.images), size[:1], generator=generator, device=device)]
         return x if self.change is None else self.change(x, generator)
+
 
 def image_sampler(images, change=None, name="images", what="training"):
     """A sampler of real images: `draw(n)` picks n of `images` (N, C, H, W) at random, with replacement.
 
     `change`: a function of a batch and a generator, such as an augmentation. `what`: images they are ("training", "test"), for the ledger. ValueError for no images or another shape.
     """
-    if images.dim() != 4 or not len(images): raise ValueError(f"images must be (N, C, H, W) with at least one, not {tuple(images.shape)}")
-    return Sampler(name, images.shape[1:], _Picks(images, change), uses_data=f"{len(images):,} real {what} images", about=f", {tensors_key({'': images})}, {'changed' if change else 'plain'}")
+    if images.dim() != 4 or not len(images):
+        raise ValueError(f"images must be (N, C, H, W) with at least one, not {tuple(images.shape)}")
+    return Sampler(
+        name,
+        images.shape[1:],
+        _Picks(images, change),
+        uses_data=f"{len(images):,} real {what} images",
+        about=f", {tensors_key({'': images})}, {'changed' if change else 'plain'}",
+    )
 
 # %% ../nbs/method/02_samplers.ipynb #c768a036
 def _fair_order(labels, priority, class_order):
@@ -158,19 +200,28 @@ def _fair_order(labels, priority, class_order):
     by_priority = priority.argsort()
     by_class = by_priority[labels[by_priority].argsort(stable=True)]
     grouped = labels[by_class]
-    counts = torch.zeros(num_classes, dtype=torch.long, device=labels.device).scatter_add_(0, labels, torch.ones_like(labels))
+    counts = torch.zeros(num_classes, dtype=torch.long, device=labels.device).scatter_add_(
+        0, labels, torch.ones_like(labels)
+    )
     start = counts.cumsum(0) - counts
     rank = torch.arange(n, device=labels.device) - start[grouped]
     return by_class[(rank * num_classes + class_order[grouped]).argsort()]
 
+
 def _check_pool(labels, batch_size, num_classes):
-    if labels.dim() != 1: raise ValueError(f"labels must be one label a sample, (N,), not {tuple(labels.shape)}")
-    if len(labels) == 0: raise ValueError("rejection sampling needs a pool of labels, and this one is empty")
+    if labels.dim() != 1:
+        raise ValueError(f"labels must be one label a sample, (N,), not {tuple(labels.shape)}")
+    if len(labels) == 0:
+        raise ValueError("rejection sampling needs a pool of labels, and this one is empty")
     if not 1 <= batch_size <= len(labels):
-        raise ValueError(f"a batch of {batch_size} can't be drawn from {len(labels)} labels: batch_size must be between 1 and {len(labels)}")
+        raise ValueError(
+            f"a batch of {batch_size} can't be drawn from {len(labels)} labels: batch_size must be between 1 and {len(labels)}"
+        )
     # looking at values would make a GPU wait; there an index out of range fails in scatter_add_
     if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"labels must lie in 0 … {num_classes - 1}, found {labels.min().item()} … {labels.max().item()}")
+        raise ValueError(
+            f"labels must lie in 0 … {num_classes - 1}, found {labels.min().item()} … {labels.max().item()}"
+        )
 
 # %% ../nbs/method/02_samplers.ipynb #f330b528
 def rejection_sample(labels, batch_size, num_classes, generator=None):
@@ -193,6 +244,7 @@ class BalancedPool:
     chunks are added: `inputs` (batch_size, …), `labels`, `extra` (what else was added, None by default), `counts`
     (num_classes,) hard class counts of everything added.
     """
+
     def __init__(self, batch_size, num_classes, generator=None, device="cpu"):
         self.batch_size, self.generator = batch_size, generator
         self.class_order = torch.rand(num_classes, generator=generator, device=device).argsort()
@@ -204,8 +256,9 @@ class BalancedPool:
         self.counts.scatter_add_(0, labels, torch.ones_like(labels))
         new = (inputs, labels, extra, torch.rand(len(labels), generator=self.generator, device=labels.device))
         old = (self.inputs, self.labels, self.extra, self.priority)
-        if self.labels is not None: new = [None if n is None else torch.cat((o, n)) for o, n in zip(old, new)]
+        if self.labels is not None:
+            new = [None if n is None else torch.cat((o, n)) for o, n in zip(old, new)]
         if len(new[1]) > self.batch_size:
-            keep = _fair_order(new[1], new[3], self.class_order)[:self.batch_size]
+            keep = _fair_order(new[1], new[3], self.class_order)[: self.batch_size]
             new = [None if t is None else t[keep] for t in new]
         self.inputs, self.labels, self.extra, self.priority = new

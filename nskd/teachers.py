@@ -20,7 +20,15 @@ from tqdm import tqdm
 from .engine.checkpoints import Checkpoints, optimiser_tensors, restore_optimiser
 from .engine.config import Config
 from .engine.files import load_tensors, save_tensors
-from .engine.hardware import autocast, deterministic, is_small, keep_freed_memory, pick_device, pick_precision, threads
+from nskd.engine.hardware import (
+    autocast,
+    deterministic,
+    below_24px,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    threads,
+)
 from .engine.keys import tensors_key
 from .engine.runs import Unfinished, cached
 from .evaluation import evaluate_modes
@@ -30,18 +38,20 @@ from .norms import replace_norm
 # %% ../nbs/method/10_teachers.ipynb #9b6193d4
 class TeacherRecipe(Config):
     "How a teacher is trained; `teacher_recipe` picks one for a data set."
-    optimiser: Literal["sgd", "adamw"] = "sgd"         # momentum is SGD's alone
+
+    optimiser: Literal["sgd", "adamw"] = "sgd"  # momentum is SGD's alone
     epochs: int = Field(40, ge=1)
     batch_size: int = Field(128, ge=2)
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)             # share of the steps
+    warmup: float = Field(0.1, ge=0, lt=1)  # share of the steps
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    shift: int = Field(1, ge=0)                        # pixels, zero-padded
+    shift: int = Field(1, ge=0)  # pixels, zero-padded
     flip: bool = False
-    clip: float = Field(1.0, gt=0)                     # gradient norm; deep LN CNNs need it in the first epochs
+    clip: float = Field(1.0, gt=0)  # gradient norm; deep LN CNNs need it in the first epochs
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+
 
 def teacher_recipe(ds, name=""):
     """The recipe for data set `ds`: less than a minute of CPU for tiny images, the literature's 200 epochs from 24 pixels up.
@@ -50,22 +60,29 @@ def teacher_recipe(ds, name=""):
     """
     large = min(ds.shape[1:]) >= 24
     if re.search("vit|deit|swin", name):
-        adamw = TeacherRecipe(optimiser="adamw", lr=2e-3, weight_decay=0.05, batch_size=64, epochs=15 if "swin" in name else 25)
+        adamw = TeacherRecipe(
+            optimiser="adamw", lr=2e-3, weight_decay=0.05, batch_size=64, epochs=15 if "swin" in name else 25
+        )
         return adamw.replace(epochs=200, lr=5e-4, batch_size=128, shift=4, flip=ds.channels == 3) if large else adamw
-    if large: return TeacherRecipe(epochs=200, shift=4, flip=ds.channels == 3)
-    if len(ds.train_labels) > 5000: return TeacherRecipe(epochs=8)
+    if large:
+        return TeacherRecipe(epochs=200, shift=4, flip=ds.channels == 3)
+    if len(ds.train_labels) > 5000:
+        return TeacherRecipe(epochs=8)
     return TeacherRecipe()
+
 
 def augment(images, shift, flip, generator):
     "Shift each image by up to `shift` pixels (zeros come in) and mirror half of them if `flip`; (B, C, H, W) each."
     b, _, h, w = images.shape
     device = images.device
-    drawn = device if generator is None else generator.device                 # the same images, wherever they are
+    drawn = device if generator is None else generator.device  # the same images, wherever they are
     if shift:
         dy, dx = torch.randint(2 * shift + 1, (2, b, 1), generator=generator, device=drawn).to(device)
-        rows, cols = dy + torch.arange(h, device=device), dx + torch.arange(w, device=device)       # (b, h), (b, w)
+        rows, cols = dy + torch.arange(h, device=device), dx + torch.arange(w, device=device)  # (b, h), (b, w)
         padded = F.pad(images, (shift,) * 4)
-        images = padded[torch.arange(b, device=device)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+        images = padded[torch.arange(b, device=device)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(
+            0, 3, 1, 2
+        )
     if flip:
         mirrored = (torch.rand(b, 1, 1, 1, generator=generator, device=drawn) < 0.5).to(device)
         images = torch.where(mirrored, images.flip(3), images)
@@ -74,65 +91,99 @@ def augment(images, shift, flip, generator):
 # %% ../nbs/method/10_teachers.ipynb #51cf5acc
 def pick_threads(shape, device):
     "Threads for images of `shape` (C, H, W): 1 for tiny ones on a CPU, else PyTorch's own number."
-    return 1 if device.type == "cpu" and is_small(shape) else torch.get_num_threads()
+    return 1 if device.type == "cpu" and below_24px(shape) else torch.get_num_threads()
 
-CHECKPOINT_SECONDS = 30                      # a teacher that trains for less is trained again: that costs less than caring
+
+CHECKPOINT_SECONDS = 30  # a teacher that trains for less is trained again: that costs less than caring
+
 
 class TeacherTraining:
     "One teacher's training: network, optimiser, schedule, generators, and where it is."
+
     def __init__(self, net, ds, recipe, seed, device):
-        self.net, self.ds, self.recipe, self.device = net.to(device, memory_format=torch.channels_last).train(), ds, recipe, device
+        self.net, self.ds, self.recipe, self.device = (
+            net.to(device, memory_format=torch.channels_last).train(),
+            ds,
+            recipe,
+            device,
+        )
         self.g = torch.Generator().manual_seed(seed)
         groups = decayed_groups(net, recipe.weight_decay)
-        fused = {"fused": True} if device.type == "cuda" else {}                # one kernel in place of hundreds, which take longer to start than to run
-        self.opt = (torch.optim.AdamW(groups, recipe.lr, **fused) if recipe.optimiser == "adamw"
-                    else torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0, **fused))
+        fused = (
+            {"fused": True} if device.type == "cuda" else {}
+        )  # one kernel in place of hundreds, which take longer to start than to run
+        self.opt = (
+            torch.optim.AdamW(groups, recipe.lr, **fused)
+            if recipe.optimiser == "adamw"
+            else torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0, **fused)
+        )
         self.batch_size = min(recipe.batch_size, len(ds.train_labels))
         self.total = total = recipe.epochs * (len(ds.train_labels) // self.batch_size)
         ramp = max(1, recipe.warmup * total)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.opt, lambda t: min((t + 1) / ramp, 0.5 * (1 + math.cos(math.pi * max(0, t - ramp) / max(1, total - ramp)))))
+            self.opt,
+            lambda t: min((t + 1) / ramp, 0.5 * (1 + math.cos(math.pi * max(0, t - ramp) / max(1, total - ramp)))),
+        )
         self.step, self.seconds, self.epoch_began = 0, 0.0, self.g.get_state()
 
     def batches(self):
         "Batches of the epoch that `step` lies in, from there on; `g` orders them and then augments."
         done = self.step % (self.total // self.recipe.epochs)
         now = self.g.get_state()
-        if done: self.g.set_state(self.epoch_began)
-        else: self.epoch_began = now
+        if done:
+            self.g.set_state(self.epoch_began)
+        else:
+            self.epoch_began = now
         found = iter(self.ds.batches("train", self.batch_size, generator=self.g))
         if done:
-            for _ in range(done): next(found)
+            for _ in range(done):
+                next(found)
             self.g.set_state(now)
-        return (b for b in found if len(b[1]) == self.batch_size)           # a small last batch would disturb BN
+        return (b for b in found if len(b[1]) == self.batch_size)  # a small last batch would disturb BN
 
     def take_step(self, images, labels):
         recipe, device = self.recipe, self.device
         x = augment(images.to(device), recipe.shift, recipe.flip, self.g).to(memory_format=torch.channels_last)
-        with autocast(device, recipe.precision): logits = self.net(x)
+        with autocast(device, recipe.precision):
+            logits = self.net(x)
         loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=recipe.label_smoothing)
-        if (self.step % 20 == 0 or device.type == "cpu") and not torch.isfinite(loss):        # a look makes a GPU wait
+        if (self.step % 20 == 0 or device.type == "cpu") and not torch.isfinite(loss):  # a look makes a GPU wait
             raise FloatingPointError(f"the teacher's loss is {loss.item()} at step {self.step}: lower the recipe's lr")
-        self.opt.zero_grad(); loss.backward()
+        self.opt.zero_grad()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
-        self.opt.step(); self.schedule.step(); self.step += 1
+        self.opt.step()
+        self.schedule.step()
+        self.step += 1
 
     def tensors(self):
         "Everything to go on from; the states of random generators are bytes."
         cuda = {"random/cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
-        return ({f"net/{k}": v for k, v in self.net.state_dict().items()} | optimiser_tensors(self.opt) | cuda
-                | {"random/cpu": torch.get_rng_state(), "random/order": self.g.get_state(), "random/epoch": self.epoch_began})
+        return (
+            {f"net/{k}": v for k, v in self.net.state_dict().items()}
+            | optimiser_tensors(self.opt)
+            | cuda
+            | {
+                "random/cpu": torch.get_rng_state(),
+                "random/order": self.g.get_state(),
+                "random/epoch": self.epoch_began,
+            }
+        )
 
-    def meta(self): return {"step": self.step, "seconds": self.seconds, "lr": [group["lr"] for group in self.opt.param_groups]}
+    def meta(self):
+        return {"step": self.step, "seconds": self.seconds, "lr": [group["lr"] for group in self.opt.param_groups]}
 
     def restore(self, tensors, meta):
         self.net.load_state_dict({k.removeprefix("net/"): v for k, v in tensors.items() if k.startswith("net/")})
         restore_optimiser(self.opt, tensors)
-        for group, lr in zip(self.opt.param_groups, meta["lr"]): group["lr"] = lr
+        for group, lr in zip(self.opt.param_groups, meta["lr"]):
+            group["lr"] = lr
         self.step, self.seconds, self.epoch_began = meta["step"], meta["seconds"], tensors["random/epoch"]
         self.schedule.last_epoch = self.step
-        self.g.set_state(tensors["random/order"]); torch.set_rng_state(tensors["random/cpu"])
-        if self.device.type == "cuda": torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        self.g.set_state(tensors["random/order"])
+        torch.set_rng_state(tensors["random/cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
 # %% ../nbs/method/10_teachers.ipynb #6cbbb3c7
 def _fit(net, ds, recipe, seed, device, progress, directory=None, budget_seconds=None):
@@ -141,11 +192,20 @@ def _fit(net, ds, recipe, seed, device, progress, directory=None, budget_seconds
     The same seed gives the same bits. With a `directory` it goes on from the newest checkpoint there. Unfinished, at a
     checkpoint, when `budget_seconds` are over.
     """
-    job, kept, start = TeacherTraining(net, ds, recipe, seed, device), directory and Checkpoints(directory), time.perf_counter()
+    job, kept, start = (
+        TeacherTraining(net, ds, recipe, seed, device),
+        directory and Checkpoints(directory),
+        time.perf_counter(),
+    )
     devices = [device] if device.type == "cuda" else []
-    with deterministic(device), torch.random.fork_rng(devices=devices), tqdm(total=job.total, desc="teacher", leave=False, disable=not progress, mininterval=1) as bar:
-        torch.manual_seed(seed)                                             # dropout, if the network has any
-        if kept and (found := kept.load()): job.restore(*found[1:])
+    with (
+        deterministic(device),
+        torch.random.fork_rng(devices=devices),
+        tqdm(total=job.total, desc="teacher", leave=False, disable=not progress, mininterval=1) as bar,
+    ):
+        torch.manual_seed(seed)  # dropout, if the network has any
+        if kept and (found := kept.load()):
+            job.restore(*found[1:])
         bar.update(job.step)
         before = job.seconds
         saved = spent = 0.0
@@ -156,12 +216,17 @@ def _fit(net, ds, recipe, seed, device, progress, directory=None, budget_seconds
                 spent = time.perf_counter() - start
                 over = budget_seconds is not None and spent >= budget_seconds and job.step < job.total
                 if kept and (over or spent - saved >= CHECKPOINT_SECONDS):
-                    if not all(torch.isfinite(p).all() for p in net.parameters()): raise FloatingPointError(f"the teacher's weights are not finite after step {job.step - 1}: lower the recipe's lr")
+                    if not all(torch.isfinite(p).all() for p in net.parameters()):
+                        raise FloatingPointError(
+                            f"the teacher's weights are not finite after step {job.step - 1}: lower the recipe's lr"
+                        )
                     job.seconds, saved = before + spent, spent
                     kept.save(job.step, job.tensors(), job.meta())
-                if over: raise Unfinished(f"the teacher is at step {job.step:,} of {job.total:,}")
+                if over:
+                    raise Unfinished(f"the teacher is at step {job.step:,} of {job.total:,}")
     net.eval()
     return before + spent
+
 
 def decayed_groups(net, weight_decay):
     "Weight decay for matrices and kernels only: γ, β and biases are not decayed."
@@ -170,7 +235,18 @@ def decayed_groups(net, weight_decay):
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 # %% ../nbs/method/10_teachers.ipynb #b24d105b
-def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction=1.0, device="auto", progress=True, budget_seconds=None):
+def train_teacher(
+    name,
+    ds,
+    norm=None,
+    width=None,
+    seed=0,
+    recipe=None,
+    fraction=1.0,
+    device="auto",
+    progress=True,
+    budget_seconds=None,
+):
     """A trained classifier for data set `ds`, from the cache if it was trained before; in evaluation mode.
 
     `name`, `norm`, `width`: as in `create_model`. `fraction` < 1 replaces only that share of its BatchNorms by `norm`,
@@ -181,32 +257,58 @@ def train_teacher(name, ds, norm=None, width=None, seed=0, recipe=None, fraction
     anything is written when a name or a value is wrong; FloatingPointError when training diverges.
     """
     recipe, device = recipe or teacher_recipe(ds, name), pick_device(device)
-    model = dict(name=name, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, norm=norm, width=whole_width(width))
-    if device.type == "cpu": keep_freed_memory()
+    model = dict(
+        name=name,
+        num_classes=ds.num_classes,
+        in_channels=ds.channels,
+        image_size=ds.image_size,
+        norm=norm,
+        width=whole_width(width),
+    )
+    if device.type == "cpu":
+        keep_freed_memory()
     n_threads = pick_threads(ds.shape, device)
-    config = {"model": model, "fraction": fraction, "data": ds.fingerprint, "seed": seed, "device": device.type, "threads": n_threads,
-              "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)}}
+    config = {
+        "model": model,
+        "fraction": fraction,
+        "data": ds.fingerprint,
+        "seed": seed,
+        "device": device.type,
+        "threads": n_threads,
+        "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
+    }
     net = _build(model, fraction, seed)
 
     def make(directory):
-        if budget_seconds is not None and budget_seconds <= 0: raise Unfinished("the teacher is not trained")
-        with threads(n_threads): seconds = _fit(net, ds, recipe, seed, device, progress, directory, budget_seconds)
+        if budget_seconds is not None and budget_seconds <= 0:
+            raise Unfinished("the teacher is not trained")
+        with threads(n_threads):
+            seconds = _fit(net, ds, recipe, seed, device, progress, directory, budget_seconds)
         save_tensors(directory / "weights.safetensors", net.state_dict())
-        return {"model": model, "data": ds.name, "seed": seed, "seconds": round(seconds, 2), "key": tensors_key(net.state_dict()),
-                "accuracy": _accuracy(net, ds)}
+        return {
+            "model": model,
+            "data": ds.name,
+            "seed": seed,
+            "seconds": round(seconds, 2),
+            "key": tensors_key(net.state_dict()),
+            "accuracy": _accuracy(net, ds),
+        }
 
     label = f"{name}-{norm or 'own'}-{ds.name}-{seed}" + (f"-{fraction}" if fraction != 1 else "")
     record = cached("teachers", config, make, label=label, files=["weights.safetensors"], device=device)
-    Checkpoints(record["directory"]).clear()             # only now: killed before this, a finished training needs none again
+    Checkpoints(record["directory"]).clear()  # only now: killed before this, a finished training needs none again
     net.load_state_dict(load_tensors(f"{record['directory']}/weights.safetensors"))
     net.record = record
     return net.eval().to(device)
 
+
 def _build(model, fraction, seed):
-    if fraction == 1 or model["norm"] in (None, "bn"): return create_model(**model, seed=seed)
+    if fraction == 1 or model["norm"] in (None, "bn"):
+        return create_model(**model, seed=seed)
     net = create_model(**{**model, "norm": "bn"}, seed=seed)
     replace_norm(net, model["norm"], fraction)
     return net
+
 
 def _accuracy(net, ds):
     "Test accuracy in every BN mode; recalibrated on 1,000 training images without their labels."

@@ -1,4 +1,5 @@
 """Diagnostics against independent references: numpy and scipy, by hand, and teachers whose answers are known."""
+
 import math
 
 import numpy as np
@@ -8,7 +9,12 @@ from scipy import special, stats
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from nskd.diagnostics.activations import ActivationStatistics, activation_mismatch, activation_statistics, energy_coefficient
+from nskd.diagnostics.activations import (
+    ActivationStatistics,
+    activation_mismatch,
+    activation_statistics,
+    energy_coefficient,
+)
 from nskd.diagnostics.batch_context import BatchDependence, batch_dependence, fluctuation_correlation
 from nskd.information import class_histogram, coverage, mutual_information, share_bounds
 from nskd.models import create_model
@@ -18,6 +24,7 @@ from nskd.tables.contexts import flip_rates_possible
 
 class Known(nn.Module):
     "A teacher whose class is the rank of its input's first pixel among fixed cuts: class shares are known exactly."
+
     def __init__(self, shares):
         super().__init__()
         self.cuts = nn.Parameter(torch.tensor(stats.norm.ppf(np.cumsum(shares)[:-1]), dtype=torch.float32))
@@ -28,14 +35,18 @@ class Known(nn.Module):
         return 5 * nn.functional.one_hot(label, self.classes).float()
 
 
-def noise(): return create_sampler("gaussian", (1, 4, 4))
+def noise():
+    return create_sampler("gaussian", (1, 4, 4))
 
 
 @pytest.fixture
 def bn_net():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5), nn.BatchNorm1d(5))
-    with torch.no_grad(): net(torch.randn(64, 1, 4, 4) + 1)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5), nn.BatchNorm1d(5)
+    )
+    with torch.no_grad():
+        net(torch.randn(64, 1, 4, 4) + 1)
     return net.eval()
 
 
@@ -46,8 +57,12 @@ def test_mutual_information_is_numpys():
     marginal = np.mean([stats.entropy(q.mean(0)) for q in p])
     conditional = np.mean([stats.entropy(q, axis=1).mean() for q in p])
     got = mutual_information([torch.tensor(z) for z in batches])
-    np.testing.assert_allclose([got.marginal_entropy, got.conditional_entropy, got.mutual_information], [marginal, conditional, marginal - conditional], atol=1e-12)
-    stacked = mutual_information(torch.tensor(np.stack(batches)))               # (batches, B, classes) is a sequence of batches
+    np.testing.assert_allclose(
+        [got.marginal_entropy, got.conditional_entropy, got.mutual_information],
+        [marginal, conditional, marginal - conditional],
+        atol=1e-12,
+    )
+    stacked = mutual_information(torch.tensor(np.stack(batches)))  # (batches, B, classes) is a sequence of batches
     assert stacked == got
 
 
@@ -81,8 +96,10 @@ def test_coverage_is_a_count_and_its_interval_covers():
         rows = coverage(Known(shares), noise(), (50, 400), "rs", generator=seed)
         inside += ((rows.required_k_low <= true_k) & (true_k <= rows.required_k_high)).all()
         assert (rows.max_over_expected == rows["max"] * 4 / rows.samples).all()
-        assert ((rows["min"] == 0) == (rows.zero_classes > 0)).all() and (rows.unseen_below.isna() == (rows["min"] > 0)).all()
-    assert inside >= 54                                                          # 95 %, conservative
+        assert ((rows["min"] == 0) == (rows.zero_classes > 0)).all() and (
+            rows.unseen_below.isna() == (rows["min"] > 0)
+        ).all()
+    assert inside >= 54  # 95 %, conservative
 
 
 def test_share_bounds_are_clopper_and_pearsons():
@@ -92,7 +109,9 @@ def test_share_bounds_are_clopper_and_pearsons():
 
 
 def test_more_classes_than_samples_is_one_sentence():
-    with pytest.raises(ValueError, match=r"^3 samples can't cover 4 classes: give at least as many samples as there are classes$"):
+    with pytest.raises(
+        ValueError, match=r"^3 samples can't cover 4 classes: give at least as many samples as there are classes$"
+    ):
         coverage(Known([0.25] * 4), noise(), (3, 100), "rs", generator=0)
 
 
@@ -103,7 +122,9 @@ def test_batch_dependence_by_hand(bn_net):
         x0 = torch.randn(1, 1, 4, 4, generator=g)
         for c, seed in enumerate(torch.randint(2**62, (6,), generator=g).tolist()):
             batch = torch.cat((x0, torch.randn(9, 1, 4, 4, generator=torch.Generator().manual_seed(seed))))
-            with torch.no_grad(): z = bn_net.train()(batch)[0]; bn_net.eval()
+            with torch.no_grad():
+                z = bn_net.train()(batch)[0]
+                bn_net.eval()
             torch.testing.assert_close(d.logits[i, c], z)
 
 
@@ -122,7 +143,9 @@ def test_a_batch_of_its_own_context_only_varies_by_company():
 
 
 def test_fewer_inputs_are_a_prefix(bn_net):
-    few, many = (batch_dependence(bn_net, noise(), contexts=3, others=7, inputs=n, mode="cs", generator=1) for n in (1, 3))
+    few, many = (
+        batch_dependence(bn_net, noise(), contexts=3, others=7, inputs=n, mode="cs", generator=1) for n in (1, 3)
+    )
     assert torch.equal(few.logits, many.logits[:1])
 
 
@@ -137,9 +160,13 @@ def test_correlation_is_scipys():
 
 def test_activation_statistics_by_hand(bn_net):
     x = torch.randn(10, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    h = bn_net[0](x).detach().numpy()                                            # (10, 6, 2, 2)
+    h = bn_net[0](x).detach().numpy()  # (10, 6, 2, 2)
     for mode in ("rs", "cs"):
-        mean, var = (bn_net[1].running_mean.numpy(), bn_net[1].running_var.numpy()) if mode == "rs" else (h.mean((0, 2, 3)), h.var((0, 2, 3)))
+        mean, var = (
+            (bn_net[1].running_mean.numpy(), bn_net[1].running_var.numpy())
+            if mode == "rs"
+            else (h.mean((0, 2, 3)), h.var((0, 2, 3)))
+        )
         act = np.maximum((h - mean[:, None, None]) / np.sqrt(var + 1e-5)[:, None, None], 0)
         got = activation_statistics(bn_net, x, mode)
         np.testing.assert_allclose(got.mean, act.mean((2, 3)), atol=1e-5)
@@ -156,20 +183,20 @@ def test_energy_coefficient_by_hand_and_its_range():
     assert energy_coefficient(torch.zeros(5, 2), torch.zeros(5, 2)) == 0
     assert energy_coefficient(torch.zeros(5, 2), torch.ones(5, 2)) == 1
     same = [energy_coefficient(*torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(i))) for i in range(40)]
-    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(40)                    # unbiased
-    stats_ = lambda m: ActivationStatistics(m, m ** 2, "1")
+    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(40)  # unbiased
+    stats_ = lambda m: ActivationStatistics(m, m**2, "1")
     a, b = torch.rand(20, 3), torch.rand(20, 3) + 1
     assert activation_mismatch(stats_(a), stats_(b)) == pytest.approx(activation_mismatch(stats_(b), stats_(a)))
 
 
 def test_a_network_without_batch_norm_is_one_sentence():
     with pytest.raises(ValueError, match="^this network has no BatchNorm: [^\n]*$"):
-        activation_statistics(create_model("vit_tiny", 10, 1, 8, width=1/8), torch.zeros(2, 1, 8, 8))
+        activation_statistics(create_model("vit_tiny", 10, 1, 8, width=1 / 8), torch.zeros(2, 1, 8, 8))
 
 
 def test_the_papers_flip_rates_are_no_shares_of_pairs():
     possible = flip_rates_possible(30)
-    assert not {10.0, 26.7, 40.0} & possible and {0.0, 6.7, 100.0} - possible == {100.0}     # ten classes can't all differ
+    assert not {10.0, 26.7, 40.0} & possible and {0.0, 6.7, 100.0} - possible == {100.0}  # ten classes can't all differ
 
 
 @pytest.mark.parametrize("name", ["perlin", "dead_leaves"])
@@ -180,5 +207,5 @@ def test_structured_noise_is_standardised_smooth_and_reproducible(name):
     assert x.mean((2, 3)).abs().max() < 1e-5 and ((x.var((2, 3), correction=0) - 1).abs() < 1e-3).float().mean() > 0.98
     assert torch.equal(x, draw(64, generator=torch.Generator().manual_seed(0)))
     neighbours = (x[..., 1:] * x[..., :-1]).mean()
-    assert neighbours > 0.5                                                       # white noise has 0
+    assert neighbours > 0.5  # white noise has 0
     assert draw(2, generator=torch.Generator().manual_seed(1)).ne(x[:2]).any()

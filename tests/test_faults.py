@@ -1,5 +1,12 @@
 """Runs that die in every way and are started again: the same bits, and nothing lost."""
-import json, os, signal, subprocess, sys, textwrap, time
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +19,8 @@ from nskd.data import load_dataset
 from nskd.distillation import DistillConfig, distill
 from nskd.experiments.runner import run_cells
 from faults import FAULTS, fault_table
-from nskd.models import create_model
 from nskd.experiments.parameters import TableParameters, table_cells
-from nskd.engine.runs import Unfinished, cached, held
+from nskd.engine.runs import Unfinished, cached, directory_lock
 from nskd.engine.keys import tensors_key
 from nskd.samplers import create_sampler
 from nskd.teachers import TeacherRecipe, train_teacher
@@ -26,8 +32,13 @@ KILLS = [f for f in FAULTS if f.startswith("SIG") or f.startswith("Keyboard")]
 
 def python(repo, code, *args, **env):
     "Start `code` in a process that has the repository."
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": f"{repo}:{repo/'tests'}", "OMP_NUM_THREADS": "1", **env})
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{repo}:{repo / 'tests'}", "OMP_NUM_THREADS": "1", **env},
+    )
 
 
 def test_no_fault_loses_a_run_or_changes_a_bit():
@@ -38,30 +49,47 @@ def test_no_fault_loses_a_run_or_changes_a_bit():
     assert table.lost.sum() == table.different.sum() == 0, table
 
 
-@pytest.mark.parametrize("broken", ["lambda opt, tensors: None",                                      # an optimiser that is forgotten
-                                    "lambda opt, tensors: _real(opt, {k: v for k, v in tensors.items() if not k.endswith('exp_avg_sq')})"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "lambda opt, tensors: None",  # an optimiser that is forgotten
+        "lambda opt, tensors: _real(opt, {k: v for k, v in tensors.items() if not k.endswith('exp_avg_sq')})",
+    ],
+)
 def test_the_comparison_can_fail(repo, broken):
-    work = python(repo, f"""
+    work = python(
+        repo,
+        f"""
         import nskd.distillation as d, faults as f
         _real = d.restore_optimiser
         d.restore_optimiser = {broken}
         found = f.inject("SIGKILL before a rename", 6)
-        print(found["different"] + found["lost"])""")
+        print(found["different"] + found["lost"])""",
+    )
     out, err = work.communicate()
     assert work.returncode == 0 and int(out.splitlines()[-1]) > 0, err[-2000:]
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_workers_end_with_a_killed_notebook(repo, tmp_path):
-    (tmp_path / "work.py").write_text("import os, time\ndef wait(folder): open(f'{folder}/{os.getpid()}.pid', 'w').close(); time.sleep(600)\n")
-    notebook = python(repo, "import sys; from work import wait; from nskd.engine.workers import run_parallel; run_parallel(wait, [sys.argv[1]] * 2, 2)", tmp_path, PYTHONPATH=f"{repo}:{tmp_path}")
+    (tmp_path / "work.py").write_text(
+        "import os, time\ndef wait(folder): open(f'{folder}/{os.getpid()}.pid', 'w').close(); time.sleep(600)\n"
+    )
+    notebook = python(
+        repo,
+        "import sys; from work import wait; from nskd.engine.workers import run_parallel; run_parallel(wait, [sys.argv[1]] * 2, 2)",
+        tmp_path,
+        PYTHONPATH=f"{repo}:{tmp_path}",
+    )
     soon = time.monotonic() + 60
-    while len(workers := [int(f.stem) for f in tmp_path.glob("*.pid")]) < 2 and time.monotonic() < soon: time.sleep(0.1)
+    while len(workers := [int(f.stem) for f in tmp_path.glob("*.pid")]) < 2 and time.monotonic() < soon:
+        time.sleep(0.1)
     assert len(workers) == 2
     notebook.kill()
     notebook.communicate()
     gone = lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    while not gone() and time.monotonic() < soon: time.sleep(0.1)
+    while not gone() and time.monotonic() < soon:
+        time.sleep(0.1)
     assert gone()
 
 
@@ -73,12 +101,15 @@ def test_a_dead_holder_of_a_lock_is_noticed(repo, tmp_path):
     second = python(repo, hold, tmp_path)
     try:
         with pytest.raises(ValueError, match="another process is at work"):
-            with held(tmp_path, wait=False): pass
+            with directory_lock(tmp_path, wait=False):
+                pass
         assert "waiting for it" in second.stderr.readline() and second.poll() is None
         os.kill(first.pid, signal.SIGKILL)
         assert second.stdout.readline() == "mine\n"
     finally:
-        for process in (first, second): process.kill(); process.communicate()
+        for process in (first, second):
+            process.kill()
+            process.communicate()
 
 
 def test_two_processes_make_a_cell_once(repo, tmp_path):
@@ -94,7 +125,7 @@ def test_two_processes_make_a_cell_once(repo, tmp_path):
     both = [python(repo, work, tmp_path, NSKD_OUTPUTS=str(tmp_path)) for _ in range(2)]
     found = [json.loads(p.communicate()[0]) for p in both]
     assert [f["answer"] for f in found] == [42, 42] and sorted(f["cached"] for f in found) == [False, True]
-    assert (tmp_path/"made").read_text() == "x"
+    assert (tmp_path / "made").read_text() == "x"
 
 
 def test_a_killed_cell_is_made_by_the_next(repo, tmp_path):
@@ -106,44 +137,69 @@ def test_a_killed_cell_is_made_by_the_next(repo, tmp_path):
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     os.environ["NSKD_OUTPUTS"], before = str(tmp_path), os.environ.get("NSKD_OUTPUTS")
-    try: assert cached("cell", {"seed": 0}, lambda directory: {"answer": 1})["cached"] is False
-    finally: os.environ.pop("NSKD_OUTPUTS") if before is None else os.environ.__setitem__("NSKD_OUTPUTS", before)
+    try:
+        assert cached("cell", {"seed": 0}, lambda directory: {"answer": 1})["cached"] is False
+    finally:
+        os.environ.pop("NSKD_OUTPUTS") if before is None else os.environ.__setitem__("NSKD_OUTPUTS", before)
 
 
 class TestTeachers:
     recipe = TeacherRecipe(epochs=3, batch_size=256)
 
     @pytest.fixture(autouse=True)
-    def outputs(self, tmp_path, monkeypatch): monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path/"own"))
+    def outputs(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path / "own"))
 
-    def train(self, recipe=None, **kw): return train_teacher("wrn16", load_dataset("digits"), width=1, recipe=recipe or self.recipe, progress=False, **kw)
+    def train(self, recipe=None, **kw):
+        return train_teacher(
+            "wrn16", load_dataset("digits"), width=1, recipe=recipe or self.recipe, progress=False, **kw
+        )
 
-    @pytest.mark.parametrize("recipe", [recipe, TeacherRecipe(epochs=2, batch_size=256, optimiser="adamw", lr=1e-3, flip=True)])
+    @pytest.mark.parametrize(
+        "recipe", [recipe, TeacherRecipe(epochs=2, batch_size=256, optimiser="adamw", lr=1e-3, flip=True)]
+    )
     def test_interrupted_training_ends_with_the_same_bits(self, recipe, tmp_path, monkeypatch):
         "A checkpoint after every step, and death at every step in turn, in the middle of an epoch too."
         whole = self.train(recipe).record
-        monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path/"parts"))
+        monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path / "parts"))
         monkeypatch.setattr(nskd.teachers, "CHECKPOINT_SECONDS", 0)
         take, deaths = nskd.teachers.TeacherTraining.take_step, []
+
         def step(job, *batch):
             take(job, *batch)
-            if job.step not in deaths and job.step % 2: deaths.append(job.step); raise KeyboardInterrupt
+            if job.step not in deaths and job.step % 2:
+                deaths.append(job.step)
+                raise KeyboardInterrupt
+
         monkeypatch.setattr(nskd.teachers.TeacherTraining, "take_step", step)
         for _ in range(100):
-            try: found = self.train(recipe); break
-            except KeyboardInterrupt: torch.rand(3)                   # whatever the user does in between
-        assert len(deaths) == recipe.epochs * 5 // 2 + recipe.epochs * 5 % 2 and found.record["key"] == whole["key"] and found.record["accuracy"] == whole["accuracy"]
-        assert not list((tmp_path/"parts").rglob("checkpoints"))
+            try:
+                found = self.train(recipe)
+                break
+            except KeyboardInterrupt:
+                torch.rand(3)  # whatever the user does in between
+        assert (
+            len(deaths) == recipe.epochs * 5 // 2 + recipe.epochs * 5 % 2
+            and found.record["key"] == whole["key"]
+            and found.record["accuracy"] == whole["accuracy"]
+        )
+        assert not list((tmp_path / "parts").rglob("checkpoints"))
 
     def test_a_budget_gets_there_in_the_end(self, tmp_path, monkeypatch):
         whole = self.train().record
-        monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path/"parts"))
-        with pytest.raises(Unfinished, match="not trained"): self.train(budget_seconds=0)
+        monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path / "parts"))
+        with pytest.raises(Unfinished, match="not trained"):
+            self.train(budget_seconds=0)
         said = []
         for _ in range(100):
-            try: found = self.train(budget_seconds=1e-9); break
-            except Unfinished as e: said.append(str(e))
-        assert said == [f"the teacher is at step {n} of 15" for n in range(1, 15)] and found.record["key"] == whole["key"]
+            try:
+                found = self.train(budget_seconds=1e-9)
+                break
+            except Unfinished as e:
+                said.append(str(e))
+        assert (
+            said == [f"the teacher is at step {n} of 15" for n in range(1, 15)] and found.record["key"] == whole["key"]
+        )
         assert self.train(budget_seconds=0).record["cached"]
 
     def test_short_training_writes_no_checkpoint(self, monkeypatch):
@@ -153,11 +209,15 @@ class TestTeachers:
     @pytest.mark.parametrize("harm", ["flip", "truncate", "empty"])
     def test_damaged_weights_are_made_again(self, harm):
         record = self.train().record
-        file = Path(record["directory"])/"weights.safetensors"
+        file = Path(record["directory"]) / "weights.safetensors"
         data = bytearray(file.read_bytes())
-        if harm == "flip": data[-100] ^= 16
+        if harm == "flip":
+            data[-100] ^= 16
         file.write_bytes({"flip": data, "truncate": data[:-7], "empty": b""}[harm])
-        with pytest.warns(UserWarning, match="weights.safetensors is damaged .* set aside as damaged-weights.safetensors"): again = self.train()
+        with pytest.warns(
+            UserWarning, match="weights.safetensors is damaged .* set aside as damaged-weights.safetensors"
+        ):
+            again = self.train()
         assert again.record["key"] == record["key"] == tensors_key(again.state_dict()) and not again.record["cached"]
         assert self.train().record["cached"]
 
@@ -171,27 +231,56 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the kernel")
 def test_a_notebook_whose_kernel_is_killed_goes_on(repo, tmp_path):
     "papermill's kernel dies with a student half trained; the same command ends with the numbers of a run that was left alone."
-    options = dict(students="wrn16", norms="bn", methods="normshift", steps=40, batch_size=32, k=2, eval_every=5, teacher_epochs=1, workers=1)
+    options = dict(
+        students="wrn16",
+        norms="bn",
+        methods="normshift",
+        steps=40,
+        batch_size=32,
+        k=2,
+        eval_every=5,
+        teacher_epochs=1,
+        workers=1,
+    )
     args = [a for k, v in options.items() for a in ("-p", k, str(v))]
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"NSKD_OUTPUTS": str(tmp_path/"out"), "OMP_NUM_THREADS": "1"}
-    start = lambda: subprocess.Popen([sys.executable, "-m", "papermill", str(repo/"nbs/table2.ipynb"), str(tmp_path/"out.ipynb"), *args],
-                                     cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {
+        "NSKD_OUTPUTS": str(tmp_path / "out"),
+        "OMP_NUM_THREADS": "1",
+    }
+    start = lambda: subprocess.Popen(
+        [sys.executable, "-m", "papermill", str(repo / "nbs/table2.ipynb"), str(tmp_path / "out.ipynb"), *args],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     first, end = start(), time.monotonic() + 120
-    while not (begun := list((tmp_path/"out").glob("distil/*/run/checkpoints/0*"))) and time.monotonic() < end and first.poll() is None: time.sleep(0.01)
-    for pid in children(first.pid): os.kill(pid, signal.SIGKILL)
+    while (
+        not (begun := list((tmp_path / "out").glob("distil/*/run/checkpoints/0*")))
+        and time.monotonic() < end
+        and first.poll() is None
+    ):
+        time.sleep(0.01)
+    for pid in children(first.pid):
+        os.kill(pid, signal.SIGKILL)
     err = first.communicate()[1]
     assert begun and first.returncode != 0 and "died" in err.lower(), err[-2000:]
-    assert not list((tmp_path/"out").glob("distil/*/done.json"))
+    assert not list((tmp_path / "out").glob("distil/*/done.json"))
     again = start()
     err = again.communicate()[1]
     assert again.returncode == 0, err[-2000:]
-    numbers = pd.read_csv(tmp_path/"out/table2-wrn28/records.csv")
-    os.environ["NSKD_OUTPUTS"], before = str(tmp_path/"whole"), os.environ.get("NSKD_OUTPUTS")
-    try: whole = run_cells(table_cells(TableParameters(**options)), 1)
-    finally: os.environ.pop("NSKD_OUTPUTS") if before is None else os.environ.__setitem__("NSKD_OUTPUTS", before)
+    numbers = pd.read_csv(tmp_path / "out/table2-wrn28/records.csv")
+    os.environ["NSKD_OUTPUTS"], before = str(tmp_path / "whole"), os.environ.get("NSKD_OUTPUTS")
+    try:
+        whole = run_cells(table_cells(TableParameters(**options)), 1)
+    finally:
+        os.environ.pop("NSKD_OUTPUTS") if before is None else os.environ.__setitem__("NSKD_OUTPUTS", before)
     drop = lambda frame: frame.drop(columns=["seconds", "directory", "cached"]).dropna(axis=1, how="all")
     pd.testing.assert_frame_equal(drop(numbers), drop(whole.round(4)), check_dtype=False)
-    weights = [Path(p)/"run/student.safetensors" for p in (tmp_path/"out"/numbers.directory[0], whole.directory[0])]
+    weights = [
+        Path(p) / "run/student.safetensors" for p in (tmp_path / "out" / numbers.directory[0], whole.directory[0])
+    ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -199,14 +288,25 @@ def test_a_notebook_whose_kernel_is_killed_goes_on(repo, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_random_states_of_a_gpu_survive(tmp_path, precision):
     "A student with dropout on a GPU: stopped at every checkpoint and continued, with other random numbers drawn in between."
+
     def make(seed):
         torch.manual_seed(seed)
-        return torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten(), torch.nn.Dropout(0.3), torch.nn.Linear(8 * 36, 10))
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(1, 8, 3),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.Flatten(),
+            torch.nn.Dropout(0.3),
+            torch.nn.Linear(8 * 36, 10),
+        )
+
     cfg = DistillConfig(steps=6, eval_every=3, batch_size=32, k=2, device="cuda", precision=precision)
     sampler = create_sampler("gaussian", (1, 8, 8))
     whole = distill(make(0), make(1), cfg, sampler=sampler, progress=False)
     student = make(1)
-    while (part := distill(make(0), student, cfg.replace(budget_seconds=1e-9), tmp_path, sampler=sampler, progress=False)).state == "unfinished": torch.rand(7, device="cuda")
+    while (
+        part := distill(make(0), student, cfg.replace(budget_seconds=1e-9), tmp_path, sampler=sampler, progress=False)
+    ).state == "unfinished":
+        torch.rand(7, device="cuda")
     assert tensors_key(part.student.state_dict()) == tensors_key(whole.student.state_dict())
     assert part.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
 
@@ -215,8 +315,22 @@ def test_random_states_of_a_gpu_survive(tmp_path, precision):
 def test_a_teacher_on_a_gpu_is_continued_with_the_same_bits(tmp_path, monkeypatch):
     ds, found = load_dataset("digits"), []
     for name, budget in (("whole", None), ("parts", 1e-9)):
-        monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path/name))
+        monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path / name))
         for _ in range(100):
-            try: found.append(train_teacher("wrn16", ds, norm="bn", width=1, recipe=TeacherRecipe(epochs=1), device="cuda", progress=False, budget_seconds=budget).record["key"]); break
-            except Unfinished: torch.rand(7, device="cuda")
+            try:
+                found.append(
+                    train_teacher(
+                        "wrn16",
+                        ds,
+                        norm="bn",
+                        width=1,
+                        recipe=TeacherRecipe(epochs=1),
+                        device="cuda",
+                        progress=False,
+                        budget_seconds=budget,
+                    ).record["key"]
+                )
+                break
+            except Unfinished:
+                torch.rand(7, device="cuda")
     assert len(found) == 2 and found[0] == found[1]

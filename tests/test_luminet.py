@@ -1,5 +1,8 @@
 """LumiNet: its notebooks at the smoke tier, its loss in `distill`, and what the loss costs."""
-import json, statistics, time
+
+import json
+import statistics
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -15,26 +18,34 @@ from test_tables import check_refused, check_smoke_results
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLAIMS = {"luminet_table1": 7, "luminet_table8": 8, "luminet_theory": 10, "luminet_noise": 10}
-EXACT = {"luminet.theorem-1": "fails", "luminet.theorem-1-sample": "fails", "luminet.theorem-1-entropy": "fails", "luminet.gradient-full": "holds", "luminet.gradient-centred": "holds"}
+EXACT = {
+    "luminet.theorem-1": "fails",
+    "luminet.theorem-1-sample": "fails",
+    "luminet.theorem-1-entropy": "fails",
+    "luminet.gradient-full": "holds",
+    "luminet.gradient-centred": "holds",
+}
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_smoke_runs_succeed_and_leave_their_results(smoke, name):
     claims = check_smoke_results(*smoke, name, CLAIMS[name], prefix="luminet")
     # what is exact has its verdict from one seed on; no other claim has
-    assert {c["id"]: c["verdict"] for c in claims if c["verdict"] != "inconclusive"} == (EXACT if name == "luminet_theory" else {})
-    assert (smoke[0]/f"{name}.ipynb").stat().st_size < 400_000
+    assert {c["id"]: c["verdict"] for c in claims if c["verdict"] != "inconclusive"} == (
+        EXACT if name == "luminet_theory" else {}
+    )
+    assert (smoke[0] / f"{name}.ipynb").stat().st_size < 400_000
 
 
 def test_the_papers_claims_are_numbered_once_each(smoke):
-    sources = [c["source"] for name in CLAIMS for c in json.loads((smoke[0]/name/"claims.json").read_text())]
+    sources = [c["source"] for name in CLAIMS for c in json.loads((smoke[0] / name / "claims.json").read_text())]
     numbers = [int(s.removeprefix("LumiNet, claim ").split(":")[0]) for s in sources if s.startswith("LumiNet, claim ")]
     assert sorted(numbers) == list(range(1, len(numbers) + 1)) and len(numbers) >= 8
     assert all(s.startswith(("LumiNet, claim ", "ours, on LumiNet, ")) for s in sources)
 
 
 def test_table_8_trains_nothing_that_table_1_has_trained(smoke):
-    one, eight = (pd.read_csv(smoke[0]/t/"records.csv") for t in ("luminet_table1", "luminet_table8"))
+    one, eight = (pd.read_csv(smoke[0] / t / "records.csv") for t in ("luminet_table1", "luminet_table8"))
     assert eight.cached.all() and set(eight.method) == {"ce", "kd", "luminet"}
     key = ["pair", "method", "seed", "accuracy"]
     assert set(map(tuple, eight[key].values)) <= set(map(tuple, one[one.role == "judged"][key].values))
@@ -42,20 +53,29 @@ def test_table_8_trains_nothing_that_table_1_has_trained(smoke):
 
 def test_no_seed_is_both_tuned_on_and_judged(smoke):
     for name in ("luminet_table1", "luminet_noise"):
-        records = pd.read_csv(smoke[0]/name/"records.csv")
-        assert set(records.role) == {"judged", "tuning"} and not set(records[records.role == "tuning"].seed) & set(records[records.role == "judged"].seed)
+        records = pd.read_csv(smoke[0] / name / "records.csv")
+        assert set(records.role) == {"judged", "tuning"} and not set(records[records.role == "tuning"].seed) & set(
+            records[records.role == "judged"].seed
+        )
 
 
 def test_noise_students_have_seen_no_data(smoke):
-    records = pd.read_csv(smoke[0]/"luminet_noise/records.csv")
-    assert records.data_free.all() and set(records.loss) == {"kd", "luminet"} and records[["cs", "restored_cs"]].notna().all(axis=None)
+    records = pd.read_csv(smoke[0] / "luminet_noise/records.csv")
+    assert (
+        records.data_free.all()
+        and set(records.loss) == {"kd", "luminet"}
+        and records[["cs", "restored_cs"]].notna().all(axis=None)
+    )
 
 
-@pytest.mark.parametrize("name, args, words", [
-    ("luminet_table1", ["-p", "methods", "ce,kd,lumient"], "did you mean 'luminet'"),
-    ("luminet_table8", ["-p", "bin", "15"], "did you mean 'bins'"),
-    ("luminet_noise", ["-p", "ks", "2,4"], "ks must be 1"),
-])
+@pytest.mark.parametrize(
+    "name, args, words",
+    [
+        ("luminet_table1", ["-p", "methods", "ce,kd,lumient"], "did you mean 'luminet'"),
+        ("luminet_table8", ["-p", "bin", "15"], "did you mean 'bins'"),
+        ("luminet_noise", ["-p", "ks", "2,4"], "ks must be 1"),
+    ],
+)
 def test_bad_parameters_fail_at_once_in_one_sentence(repo, tmp_path, name, args, words):
     check_refused(repo, tmp_path, name, args, words)
 
@@ -64,17 +84,25 @@ def test_luminets_loss_costs_at_most_half_more_than_kl():
     g = torch.Generator().manual_seed(0)
     s, t = torch.randn(2, 1024, 1000, generator=g).unbind()
     s.requires_grad_()
-    losses = {"kd": lambda: kd_loss(s, t, 4.0), "paper": lambda: luminet_loss(s, t, 4.0), "released": lambda: luminet_loss(s, t, 4.0, "released")}
+    losses = {
+        "kd": lambda: kd_loss(s, t, 4.0),
+        "paper": lambda: luminet_loss(s, t, 4.0),
+        "released": lambda: luminet_loss(s, t, 4.0, "released"),
+    }
+
     def once(loss):
         s.grad, start = None, time.perf_counter()
         loss().backward()
         return time.perf_counter() - start
-    for loss in losses.values(): once(loss)
+
+    for loss in losses.values():
+        once(loss)
     # one after the other, so that whatever else the machine does meets all of them; the quickest is the least disturbed
     rounds = [{name: once(loss) for name, loss in losses.items()} for _ in range(40)]
     best = {name: min(r[name] for r in rounds) for name in losses}
     middle = {name: statistics.median(r[name] / r["kd"] for r in rounds) for name in losses}
-    for name in ("paper", "released"): assert min(best[name] / best["kd"], middle[name]) < 1.5, (best, middle)
+    for name in ("paper", "released"):
+        assert min(best[name] / best["kd"], middle[name]) < 1.5, (best, middle)
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +116,32 @@ def test_a_run_with_luminets_loss_is_the_same_in_one_go_and_in_parts(noise, tmp_
     ds, net = noise
     cfg = DistillConfig(steps=6, batch_size=32, k=2, loss="luminet", tau=2.0, eval_every=3, checkpoint_every=2)
     draw = create_sampler("gaussian", ds.shape)
-    go = lambda where, **kw: distill(net("bn", 0).eval(), net("bn", 1), cfg.replace(**kw), tmp_path/where, sampler=draw, progress=False)
+    go = lambda where, **kw: distill(
+        net("bn", 0).eval(), net("bn", 1), cfg.replace(**kw), tmp_path / where, sampler=draw, progress=False
+    )
     whole = go("whole")
     state = "unfinished"
     while state == "unfinished":
         parts = go("parts", budget_seconds=1e-9)
         state = parts.state
     assert parts.history.loss.tolist() == whole.history.loss.tolist()
-    assert all(torch.equal(a, b) for a, b in zip(parts.student.state_dict().values(), whole.student.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(parts.student.state_dict().values(), whole.student.state_dict().values())
+    )
 
 
 def test_a_run_that_names_no_loss_is_identified_as_before(noise, tmp_path):
     "LumiNet came as one more name of a field that was there: the identity of a run with KL has no new key."
     ds, net = noise
-    distill(net("bn", 0).eval(), net("bn", 1), DistillConfig(steps=1, batch_size=16, k=1), tmp_path, sampler=create_sampler("gaussian", ds.shape), progress=False)
-    identity = json.loads(Path(tmp_path/"distill.json").read_text())
+    distill(
+        net("bn", 0).eval(),
+        net("bn", 1),
+        DistillConfig(steps=1, batch_size=16, k=1),
+        tmp_path,
+        sampler=create_sampler("gaussian", ds.shape),
+        progress=False,
+    )
+    identity = json.loads(Path(tmp_path / "distill.json").read_text())
     assert identity["loss"] == "kd" and not any("luminet" in key for key in identity)
 
 
@@ -111,4 +150,10 @@ def test_a_nan_in_the_teacher_is_its_own_fault(noise):
     broken = net("bn", 0).eval()
     broken.fc.weight.data[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 0: the teacher's logits"):
-        distill(broken, net("bn", 1), DistillConfig(steps=1, batch_size=16, k=1, loss="luminet"), sampler=create_sampler("gaussian", ds.shape), progress=False)
+        distill(
+            broken,
+            net("bn", 1),
+            DistillConfig(steps=1, batch_size=16, k=1, loss="luminet"),
+            sampler=create_sampler("gaussian", ds.shape),
+            progress=False,
+        )

@@ -1,4 +1,5 @@
 """Every default path under both answers that a machine may give about bfloat16, forced: the tests' own machine has only one."""
+
 import json
 import os
 import subprocess
@@ -20,18 +21,20 @@ from nskd.teachers import teacher_recipe, train_teacher
 @pytest.fixture(params=["0", "1"], ids=["fp32", "bf16"])
 def bf16(request, monkeypatch):
     "The forced answer to whether this machine gains by bfloat16."
-    from nskd.engine.hardware import gains_by_bf16
+    from nskd.engine.hardware import bf16_is_faster
+
     monkeypatch.setenv("NSKD_BF16", request.param)
-    gains_by_bf16.cache_clear()
+    bf16_is_faster.cache_clear()
     yield request.param == "1"
-    gains_by_bf16.cache_clear()
+    bf16_is_faster.cache_clear()
 
 
 def images(size, n=40):
     "A data set of two easy classes."
     g = torch.Generator().manual_seed(0)
     pixels = {s: torch.randint(256, (n, 3, size, size), generator=g, dtype=torch.uint8) for s in ("train", "test")}
-    for x in pixels.values(): x[::2] //= 3
+    for x in pixels.values():
+        x[::2] //= 3
     labels = {s: torch.arange(n) % 2 for s in pixels}
     return Dataset("easy", pixels, labels, ["dark", "bright"])
 
@@ -42,11 +45,13 @@ def test_every_default_path_works(size, norm, bf16, tmp_path, monkeypatch):
     "Train, preflight, distil with more steps than any trial needs, judge: with every precision left at its default."
     monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path))
     ds = images(size)
-    teacher = train_teacher("wrn16", ds, norm=norm, width=1, recipe=teacher_recipe(ds).replace(epochs=1, batch_size=20), progress=False)
+    teacher = train_teacher(
+        "wrn16", ds, norm=norm, width=1, recipe=teacher_recipe(ds).replace(epochs=1, batch_size=20), progress=False
+    )
     assert preflight(teacher, ds.shape, samples=64, batch_size=32).verdict
     student = create_model("wrn16", 2, 3, size, width=1, seed=1)
     cfg = DistillConfig(k=2, batch_size=16, steps=50, eval_every=50)
-    result = distill(teacher, student, cfg, tmp_path/"run", (ds.test_images, ds.test_labels), progress=False)
+    result = distill(teacher, student, cfg, tmp_path / "run", (ds.test_images, ds.test_labels), progress=False)
     assert result.state == "finished" and result.history.loss.notna().all()
     assert all(p.dtype == torch.float32 for net in (teacher, result.student) for p in net.parameters())
     assert len(accuracy_by_batch_size(result.student, ds.test_images, ds.test_labels, sizes=(1, 8))) > 1
@@ -64,14 +69,33 @@ def test_flops_do_not_depend_on_the_precision(case, bf16):
 @pytest.mark.parametrize("case", ["digits", "cifar"])
 @pytest.mark.parametrize("answer", ["0", "1"])
 def test_the_benchmarks_command_works(case, answer, repo):
-    command = [sys.executable, "-m", "nskd.benchmark", "--case", case, "--json", "--turns", "1", "--batch-size", "4", "--k", "2", "--device", "cpu"]
-    done = subprocess.run(command, cwd=repo, env={**os.environ, "NSKD_BF16": answer}, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "-m",
+        "nskd.benchmark",
+        "--case",
+        case,
+        "--json",
+        "--turns",
+        "1",
+        "--batch-size",
+        "4",
+        "--k",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        command, cwd=repo, env={**os.environ, "NSKD_BF16": answer}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0 and 0 < json.loads(done.stdout)["roofline_fraction"], done.stderr[-2000:]
 
 
 def test_a_forced_answer_is_checked(monkeypatch):
-    from nskd.engine.hardware import gains_by_bf16
+    from nskd.engine.hardware import bf16_is_faster
+
     monkeypatch.setenv("NSKD_BF16", "yes")
-    gains_by_bf16.cache_clear()
-    with pytest.raises(ValueError, match="NSKD_BF16 must be one of 0, 1"): gains_by_bf16("cpu")
-    gains_by_bf16.cache_clear()
+    bf16_is_faster.cache_clear()
+    with pytest.raises(ValueError, match="NSKD_BF16 must be one of 0, 1"):
+        bf16_is_faster("cpu")
+    bf16_is_faster.cache_clear()

@@ -1,4 +1,5 @@
 """The checks of nskd.theory against independent references, and each of them broken by breaking what it assumes."""
+
 import math
 
 import numpy as np
@@ -14,10 +15,12 @@ from nskd.samplers import create_sampler
 from nskd.tables.theory import selfless_head
 
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 # ---- scores
+
 
 def test_score_law_is_the_sum_over_all_entries():
     w_q, w_k = t.random_head(3, 5, gen())
@@ -26,7 +29,9 @@ def test_score_law_is_the_sum_over_all_entries():
     assert law.variance == pytest.approx(1.3**4 * sum(v * v for v in a.ravel()) / 3)
     assert law.self_mean == pytest.approx(1.3**2 * sum(a[i, i] for i in range(5)) / math.sqrt(3))
     # Isserlis: E[(x'Ax)²] − E[x'Ax]² = Σ a_ij (a_ij + a_ji)
-    assert law.self_variance == pytest.approx(1.3**4 * sum(a[i, j] * (a[i, j] + a[j, i]) for i in range(5) for j in range(5)) / 3)
+    assert law.self_variance == pytest.approx(
+        1.3**4 * sum(a[i, j] * (a[i, j] + a[j, i]) for i in range(5) for j in range(5)) / 3
+    )
     assert law.sym_operator == pytest.approx(np.linalg.norm((a + a.T) / 2, 2))
 
 
@@ -42,26 +47,48 @@ def test_simulated_rows_are_attention_scores(monkeypatch):
 
 
 def test_a_head_of_wrong_shape_is_refused():
-    with pytest.raises(ValueError, match="w_q and w_k must both be"): t.score_law(torch.zeros(3, 5), torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="at least 2 tokens"): t.simulate_rows(torch.eye(3), torch.eye(3), 1)
+    with pytest.raises(ValueError, match="w_q and w_k must both be"):
+        t.score_law(torch.zeros(3, 5), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        t.simulate_rows(torch.eye(3), torch.eye(3), 1)
 
 
 # ---- Lemma 7.1
+
 
 @pytest.mark.parametrize("seed", range(4))
 def test_lemma_71_holds_for_gaussian_tokens(seed):
     assert t.check_lemma_71(*t.random_head(8, 12, gen(seed)), sigma=0.7, draws=8000, generator=gen(seed))["holds"]
 
 
-def noise(size, g): return torch.randn(size, generator=g, dtype=torch.float64)
-def copied(size, g): return noise(size, g)[:, :1].expand(size).clone()                       # all tokens of a sequence are one
-def uniform(size, g): return (torch.rand(size, generator=g, dtype=torch.float64) * 2 - 1) * math.sqrt(3)
+def noise(size, g):
+    return torch.randn(size, generator=g, dtype=torch.float64)
 
-@pytest.mark.parametrize("tokens, which", [
-    (lambda s, g: noise(s, g) + 0.5, "mean"), (lambda s, g: noise(s, g) * 1.2, "variance"), (copied, "mean"), (uniform, "conditional_law"),
-    (lambda s, g: noise(s, g) * 1.2, "self_mean")], ids=["shifted", "wider", "copied", "uniform", "wider-self"])
+
+def copied(size, g):
+    return noise(size, g)[:, :1].expand(size).clone()  # all tokens of a sequence are one
+
+
+def uniform(size, g):
+    return (torch.rand(size, generator=g, dtype=torch.float64) * 2 - 1) * math.sqrt(3)
+
+
+@pytest.mark.parametrize(
+    "tokens, which",
+    [
+        (lambda s, g: noise(s, g) + 0.5, "mean"),
+        (lambda s, g: noise(s, g) * 1.2, "variance"),
+        (copied, "mean"),
+        (uniform, "conditional_law"),
+        (lambda s, g: noise(s, g) * 1.2, "self_mean"),
+    ],
+    ids=["shifted", "wider", "copied", "uniform", "wider-self"],
+)
 def test_lemma_71_fails_when_its_tokens_do(tokens, which):
-    head = torch.eye(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)             # few dimensions: no central limit to help
+    head = (
+        torch.eye(2, dtype=torch.float64),
+        torch.eye(2, dtype=torch.float64),
+    )  # few dimensions: no central limit to help
     found = t.check_lemma_71(*head, tokens=tokens, generator=gen())
     assert not found["holds"] and found[f"p_{which}"] < 1e-4
 
@@ -72,8 +99,11 @@ def test_a_score_is_no_gaussian_without_its_key():
 
 # ---- Lemma B.1
 
+
 def test_lemma_b1_holds_for_any_exchangeable_scores():
-    heavy = torch.from_numpy(stats.t.rvs(3, size=(4000, 9), random_state=0)) + torch.randn(4000, 1, generator=gen())     # a common shift too
+    heavy = torch.from_numpy(stats.t.rvs(3, size=(4000, 9), random_state=0)) + torch.randn(
+        4000, 1, generator=gen()
+    )  # a common shift too
     assert t.check_lemma_b1(heavy)["holds"]
 
 
@@ -87,6 +117,7 @@ def test_lemma_b1_fails_for_one_favoured_key_and_for_the_query_itself():
 
 
 # ---- Theorem 7.2
+
 
 def test_weight_bounds_hold_and_would_not_for_half_the_spread(monkeypatch):
     scores = 5 * torch.randn(500, 7, generator=gen(), dtype=torch.float64)
@@ -107,12 +138,15 @@ def test_a1_happens_as_often_as_the_chi_square_law_says(rank, n):
 
 def test_a2_depends_on_the_constant_only_where_it_can():
     biased = t.condition_a2(t.score_law(torch.eye(64), torch.eye(64)), n=64)
-    assert not biased["holds"] and biased["largest_constant"] < 0                            # fails whatever C is
+    assert not biased["holds"] and biased["largest_constant"] < 0  # fails whatever C is
     free = t.condition_a2(t.score_law(*selfless_head(8, 12, gen())), n=64, constant=1e9)
-    assert free["holds"]                                                                     # holds whatever C is
+    assert free["holds"]  # holds whatever C is
     law = t.score_law(*t.random_head(16, 48, gen()))
     edge = t.condition_a2(law, 64)["largest_constant"]
-    assert t.condition_a2(law, 64, constant=0.999 * edge)["holds"] and not t.condition_a2(law, 64, constant=1.001 * edge)["holds"]
+    assert (
+        t.condition_a2(law, 64, constant=0.999 * edge)["holds"]
+        and not t.condition_a2(law, 64, constant=1.001 * edge)["holds"]
+    )
 
 
 def test_the_constant_two_is_enough_for_gaussian_quadratic_forms():
@@ -128,13 +162,19 @@ def test_theorem_72_where_its_conditions_hold():
     found = t.check_theorem_72(t.simulate_rows(*selfless_head(16, 24, gen()), n=3, draws=4000, generator=gen()))
     assert found["holds_given_conditions"] and found["coverage_given_conditions"]["of"] > 500
     # and not where there are conditions to hold but other tokens
-    wild = lambda s, g: noise(s, g) * torch.where(torch.rand(s[0], 1, 1, generator=g) < 0.1, 10**0.5, 0.0)      # variance 1 over sequences
-    broken = t.check_theorem_72(t.simulate_rows(*t.random_head(16, 24, gen()), n=64, draws=4000, tokens=wild, generator=gen()))
+    wild = lambda s, g: (
+        noise(s, g) * torch.where(torch.rand(s[0], 1, 1, generator=g) < 0.1, 10**0.5, 0.0)
+    )  # variance 1 over sequences
+    broken = t.check_theorem_72(
+        t.simulate_rows(*t.random_head(16, 24, gen()), n=64, draws=4000, tokens=wild, generator=gen())
+    )
     assert not broken["holds"] and not broken["holds_kappa"]
 
 
 def test_the_bound_fails_for_a_concentrated_spectrum_and_kappa_repairs_it():
-    found = t.check_theorem_72(t.simulate_rows(*t.random_head(16, 24, gen(), rank=1), n=64, draws=8000, generator=gen()))
+    found = t.check_theorem_72(
+        t.simulate_rows(*t.random_head(16, 24, gen(), rank=1), n=64, draws=8000, generator=gen())
+    )
     # rank one: Δ = |g| (max h − min h) σ_s with g and h normal
     g, h = np.random.default_rng(0).standard_normal(8000), np.random.default_rng(1).standard_normal((8000, 63))
     reference = (np.abs(g) * np.ptp(h, axis=1) <= 2 * math.sqrt(2 * math.log(2 * 64 / 0.05))).mean()
@@ -143,7 +183,8 @@ def test_the_bound_fails_for_a_concentrated_spectrum_and_kappa_repairs_it():
 
 
 def test_delta_must_be_a_probability():
-    with pytest.raises(ValueError, match="delta is a probability"): t.tail_bound(t.score_law(torch.eye(3), torch.eye(3)), 4, 1.5)
+    with pytest.raises(ValueError, match="delta is a probability"):
+        t.tail_bound(t.score_law(torch.eye(3), torch.eye(3)), 4, 1.5)
 
 
 def test_remark_b2_calls_a_large_bias_small():
@@ -153,7 +194,10 @@ def test_remark_b2_calls_a_large_bias_small():
 
 # ---- section 3.1
 
-def exponential(size, g): return torch.empty(size).exponential_(generator=g)
+
+def exponential(size, g):
+    return torch.empty(size).exponential_(generator=g)
+
 
 def test_shift_formulas_hold_for_the_right_moments_only():
     check = lambda mean, var: t.check_shift(exponential, mean, var, 0.3, 2.0, generator=gen())
@@ -168,17 +212,21 @@ def test_cs_mode_does_not_reach_one_below_epsilon_nor_in_a_batch_of_equals():
 
 
 class Doubled(nn.BatchNorm2d):
-    def forward(self, x): return 2 * super().forward(x)
+    def forward(self, x):
+        return 2 * super().forward(x)
+
 
 def test_the_layer_check_sees_a_layer_that_does_something_else():
     x, net = torch.randn(16, 3, 8, 8, generator=gen()), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     assert t.check_shift_layers(net, x)["holds"]
     net[1] = Doubled(4).eval()
     assert not t.check_shift_layers(net, x)["holds"]
-    with pytest.raises(ValueError, match="no BatchNorm"): t.check_shift_layers(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
+    with pytest.raises(ValueError, match="no BatchNorm"):
+        t.check_shift_layers(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
 
 
 # ---- Proposition 5.1
+
 
 def test_the_irreducible_error_of_two_contexts_is_their_jensen_shannon_divergence():
     p = torch.rand(6, 2, 5, generator=gen(), dtype=torch.float64)
@@ -194,7 +242,8 @@ def test_no_other_student_does_better():
     p, w = p / p.sum(-1, keepdim=True), torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     kl = lambda q: float((w * (p * (p / q).log()).sum(1)).sum())
     floor = t.irreducible_error(p, w).item()
-    for q in torch.rand(200, 5, generator=gen(1), dtype=torch.float64): assert kl(q / q.sum()) > floor
+    for q in torch.rand(200, 5, generator=gen(1), dtype=torch.float64):
+        assert kl(q / q.sum()) > floor
     assert kl((w[:, None] * p).sum(0)) == pytest.approx(floor)
 
 
@@ -202,7 +251,7 @@ def test_the_three_ways_part_when_one_is_wrong(monkeypatch):
     p, w = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]), [0.6, 0.3, 0.1]
     assert t.check_proposition_51(p, w, generator=gen())["holds"]
     right = t.irreducible_error
-    monkeypatch.setattr(t, "irreducible_error", lambda probs, weights=None: right(probs))     # forgets the weights
+    monkeypatch.setattr(t, "irreducible_error", lambda probs, weights=None: right(probs))  # forgets the weights
     assert not t.check_proposition_51(p, w, generator=gen())["holds"]
 
 
@@ -215,9 +264,12 @@ def test_monte_carlo_brackets_the_truth():
 
 
 def test_bad_contexts_are_refused():
-    with pytest.raises(ValueError, match="probabilities of 3 contexts"): t.irreducible_error(torch.ones(3, 2) / 2, [0.5, 0.5])
-    with pytest.raises(ValueError, match="at least 4 contexts"): t.monte_carlo_error(torch.ones(3, 2) / 2)
-    with pytest.raises(ValueError, match="2 or more"): t.context_probabilities(None, None, None, batch=1)
+    with pytest.raises(ValueError, match="probabilities of 3 contexts"):
+        t.irreducible_error(torch.ones(3, 2) / 2, [0.5, 0.5])
+    with pytest.raises(ValueError, match="at least 4 contexts"):
+        t.monte_carlo_error(torch.ones(3, 2) / 2)
+    with pytest.raises(ValueError, match="2 or more"):
+        t.context_probabilities(None, None, None, batch=1)
 
 
 def test_contexts_move_a_bn_network_in_cs_mode_and_nothing_else():

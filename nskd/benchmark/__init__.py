@@ -28,7 +28,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..distillation import DistillConfig, at_work, prepare
 from ..engine.config import Config, first_line, one_of
-from ..engine.hardware import environment, gemm_rates, pick_device, pick_student_precision, pick_teacher_precision, threads as threads_of, timed, wait
+from nskd.engine.hardware import (
+    environment,
+    gemm_rates,
+    pick_device,
+    pick_student_precision,
+    pick_teacher_precision,
+    threads as threads_of,
+    timed,
+    synchronize,
+)
 from ..engine.style import use_style
 from ..experiments.parameters import Names, check_device
 from ..losses import kd_loss
@@ -38,19 +47,43 @@ from ..samplers import create_sampler
 
 # %% ../../nbs/benchmark/plain_loop.ipynb #6168d93a
 CASES = {
-    "digits": dict(teacher=("wrn28", 1), student=("wrn16", 1), shape=(1, 8, 8), batch_size={"cpu": 256, "cuda": 1024}, steps={"cpu": 8, "cuda": 10}),
-    "cifar": dict(teacher=("r34", None), student=("r18", None), shape=(3, 32, 32), batch_size={"cpu": 128, "cuda": 1024}, steps={"cpu": 1, "cuda": 3}),
-    "cifar-wrn": dict(teacher=("wrn28", 10), student=("wrn16", 8), shape=(3, 32, 32), batch_size={"cpu": 64, "cuda": 512}, steps={"cpu": 1, "cuda": 2}),
+    "digits": dict(
+        teacher=("wrn28", 1),
+        student=("wrn16", 1),
+        shape=(1, 8, 8),
+        batch_size={"cpu": 256, "cuda": 1024},
+        steps={"cpu": 8, "cuda": 10},
+    ),
+    "cifar": dict(
+        teacher=("r34", None),
+        student=("r18", None),
+        shape=(3, 32, 32),
+        batch_size={"cpu": 128, "cuda": 1024},
+        steps={"cpu": 1, "cuda": 3},
+    ),
+    "cifar-wrn": dict(
+        teacher=("wrn28", 10),
+        student=("wrn16", 8),
+        shape=(3, 32, 32),
+        batch_size={"cpu": 64, "cuda": 512},
+        steps={"cpu": 1, "cuda": 2},
+    ),
 }
+
 
 class Case:
     "One of `CASES` on a device: fresh `teacher` and `student` with random weights (speed does not depend on them), and its `cfg`."
-    def __init__(self, name, device="auto", norm="bn", precision="auto", k=4, batch_size=None, classes=10, compile=False):
+
+    def __init__(
+        self, name, device="auto", norm="bn", precision="auto", k=4, batch_size=None, classes=10, compile=False
+    ):
         one_of(name, CASES, "case")
         self.name, self.device, spec = name, pick_device(device), CASES[name]
         self.shape, self.classes = spec["shape"], classes
         size = batch_size or spec["batch_size"][self.device.type]
-        build = lambda net, width, norm: create_model(net, classes, self.shape[0], self.shape[1], norm=norm, width=width, seed=0)
+        build = lambda net, width, norm: create_model(
+            net, classes, self.shape[0], self.shape[1], norm=norm, width=width, seed=0
+        )
         self.teacher, self.student = build(*spec["teacher"], norm), build(*spec["student"], "bn")
         self.cfg = DistillConfig(k=k, batch_size=size, precision=precision, device=str(self.device), compile=compile)
 
@@ -65,9 +98,13 @@ def plain_select(labels, batch_size, num_classes):
         level += 1
     return torch.tensor(chosen[:batch_size], device=labels.device)
 
+
 class PlainAligned(torch.nn.Module):
     "Batch alignment of a GroupNorm, line by line (Algorithm 1)."
-    def __init__(self, norm, alpha): super().__init__(); self.norm, self.alpha = norm, alpha
+
+    def __init__(self, norm, alpha):
+        super().__init__()
+        self.norm, self.alpha = norm, alpha
 
     def forward(self, x):
         norm = self.norm
@@ -76,18 +113,23 @@ class PlainAligned(torch.nn.Module):
         z = (1 - self.alpha) * z + self.alpha * (z - mean) / torch.sqrt(var + norm.eps)
         return z * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
 
+
 def _align_plainly(net, alpha):
-    for parent, name, norm in children_where(net, lambda m: isinstance(m, torch.nn.GroupNorm)): setattr(parent, name, PlainAligned(norm, alpha))
+    for parent, name, norm in children_where(net, lambda m: isinstance(m, torch.nn.GroupNorm)):
+        setattr(parent, name, PlainAligned(norm, alpha))
+
 
 class Plain:
     "The plain loop; `step()` makes one step."
+
     def __init__(self, case):
         cfg, self.case, device = case.cfg, case, case.device
         self.teacher, self.student = case.teacher.to(device).requires_grad_(False), case.student.to(device).train()
         self.opt = torch.optim.Adam(self.student.parameters(), cfg.lr)
         self.mode = teacher_context(self.teacher, "cs")
         self.mode.__enter__()
-        if resolve_teacher_mode(self.teacher) == "aligned": _align_plainly(self.teacher, cfg.alpha)
+        if resolve_teacher_mode(self.teacher) == "aligned":
+            _align_plainly(self.teacher, cfg.alpha)
 
     def step(self):
         cfg, case = self.case.cfg, self.case
@@ -95,24 +137,32 @@ class Plain:
         with torch.no_grad():
             for _ in range(cfg.k):
                 x = torch.randn(cfg.batch_size, *case.shape, device=case.device)
-                pool.append(x); labels.append(self.teacher(x).argmax(1))
+                pool.append(x)
+                labels.append(self.teacher(x).argmax(1))
             x = torch.cat(pool)[plain_select(torch.cat(labels), cfg.batch_size, case.classes)]
             target = self.teacher(x)
         loss = kd_loss(self.student(x), target)
-        self.opt.zero_grad(); loss.backward(); self.opt.step()
+        self.opt.zero_grad()
+        loss.backward()
+        self.opt.step()
         return loss.item()
+
 
 class Ours:
     "The loop of `distill`; `step()` makes one step."
+
     def __init__(self, case):
         self.case = case
         self.job, _ = prepare(case.teacher, case.student, case.cfg, None, create_sampler("gaussian", case.shape), None)
         self.work = at_work(self.job)
         self.work.__enter__()
 
-    def step(self): self.job.take_step()
+    def step(self):
+        self.job.take_step()
 
-    def close(self): self.work.__exit__(None, None, None)
+    def close(self):
+        self.work.__exit__(None, None, None)
+
 
 LOOPS = {"plain": Plain, "ours": Ours}
 
@@ -124,51 +174,69 @@ def _serve(pipe, loop, case, threads):
         case = Case(**case)
         work = LOOPS[loop](case)
         pipe.send("ready")
-        while (steps := pipe.recv()) is not None: pipe.send(timed(work.step, case.device, steps)[0] / steps)
+        while (steps := pipe.recv()) is not None:
+            pipe.send(timed(work.step, case.device, steps)[0] / steps)
         pipe.send(peak_memory(case.device))
-    except Exception as e: pipe.send(e)
+    except Exception as e:
+        pipe.send(e)
+
 
 def peak_memory(device):
     "Bytes that this process has used at most: of the GPU's memory, or of the machine's."
-    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../../nbs/benchmark/plain_loop.ipynb #19722a51
 @cache
 def _context():
     "How processes are started: from one that has loaded PyTorch and done nothing with it, where the system can fork; loading takes seconds."
-    if "forkserver" not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context("spawn")
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nskd.distillation", "nskd.experiments.parameters", "nskd.engine.style"])       # all that this module loads; itself it may be `__main__`
+    context.set_forkserver_preload(
+        ["nskd.distillation", "nskd.experiments.parameters", "nskd.engine.style"]
+    )  # all that this module loads; itself it may be `__main__`
     return context
+
 
 def _as_pytorch_waits():
     "Processes that are started in here wait for each other's threads as PyTorch comes, whatever this one was told: `make` has threads sleep, which doubles the plain loop's time."
     return environment(OMP_WAIT_POLICY=None)
+
 
 @contextmanager
 def _process(loop, case, threads):
     "A pipe to a process that serves `loop`."
     context = _context()
     pipe, far = context.Pipe()
-    serve = import_module("nskd.benchmark")._serve          # by its module: a notebook's own functions can't be sent
+    serve = import_module("nskd.benchmark")._serve  # by its module: a notebook's own functions can't be sent
     process = context.Process(target=serve, args=(far, loop, case, threads), daemon=True)
-    with _as_pytorch_waits(): process.start()
+    with _as_pytorch_waits():
+        process.start()
     try:
         _answer(pipe, process)
         yield lambda word: (pipe.send(word), _answer(pipe, process))[1]
     finally:
-        process.terminate(); process.join()
+        process.terminate()
+        process.join()
+
 
 def _answer(pipe, process):
     while not pipe.poll(0.5):
-        if not process.is_alive(): raise RuntimeError(f"a loop's process ended with code {process.exitcode}, perhaps for lack of memory: a smaller batch_size needs less")
+        if not process.is_alive():
+            raise RuntimeError(
+                f"a loop's process ended with code {process.exitcode}, perhaps for lack of memory: a smaller batch_size needs less"
+            )
     said = pipe.recv()
-    if isinstance(said, Exception): raise said
+    if isinstance(said, Exception):
+        raise said
     return said
 
 # %% ../../nbs/benchmark/plain_loop.ipynb #202b860d
-def _steps(case): return CASES[case["name"]]["steps"][pick_device(case.get("device", "auto")).type]
+def _steps(case):
+    return CASES[case["name"]]["steps"][pick_device(case.get("device", "auto")).type]
+
 
 def take_turns(case, turns=7, warm=1, threads=None, loops=("plain", "ours"), steps=None):
     """Seconds a step of each loop, turn by turn, and its peak memory: {loop: {"seconds": [one a turn], "peak_bytes": …}}.
@@ -182,72 +250,102 @@ def take_turns(case, turns=7, warm=1, threads=None, loops=("plain", "ours"), ste
         for turn in range(-warm, turns):
             for loop, ask in zip(loops, asks):
                 seconds = ask(steps)
-                if turn >= 0: found[loop]["seconds"].append(seconds)
-        for loop, ask in zip(loops, asks): found[loop]["peak_bytes"] = ask(None)
+                if turn >= 0:
+                    found[loop]["seconds"].append(seconds)
+        for loop, ask in zip(loops, asks):
+            found[loop]["peak_bytes"] = ask(None)
     return found
 
 # %% ../../nbs/benchmark/plain_loop.ipynb #f79a8bf5
 def step_flops(case):
-    "FLOPs of one step of a `Case` as convolutions are defined, however they are computed: {\"teacher\": of the pool and the targets, \"student\": of its forward and backward pass}."
+    'FLOPs of one step of a `Case` as convolutions are defined, however they are computed: {"teacher": of the pool and the targets, "student": of its forward and backward pass}.'
     loop = Ours(case)
     try:
-        with FlopCounterMode(display=False) as asked: loop.job.make_batch(0)
-        with FlopCounterMode(display=False) as whole: loop.step()
-    finally: loop.close()
+        with FlopCounterMode(display=False) as asked:
+            loop.job.make_batch(0)
+        with FlopCounterMode(display=False) as whole:
+            loop.step()
+    finally:
+        loop.close()
     return {"teacher": asked.get_total_flops(), "student": whole.get_total_flops() - asked.get_total_flops()}
 
 # %% ../../nbs/benchmark/plain_loop.ipynb #e34f6dbc
 class Stopwatch:
     "Seconds by part of the step of `Ours`, `seconds`: {part: total}; what is between the parts is left over."
+
     def __init__(self, loop):
         self.device, self.seconds, self.calls, job = loop.case.device, defaultdict(float), 0, loop.job
         cfg, supervise = job.cfg, job.supervise
         turn = [*["pool"] * cfg.k, "targets"] if cfg.k > 1 else ["targets"]
         supervise._noise = self.timed("noise", supervise._noise)
         query = supervise.query
+
         def ask(x):
             self.calls += 1
             return self.timed(turn[(self.calls - 1) % len(turn)], query)(x)
-        supervise.query, supervise._balanced = ask, self.timed("selection", supervise._balanced, without=("noise", "pool"))
+
+        supervise.query, supervise._balanced = (
+            ask,
+            self.timed("selection", supervise._balanced, without=("noise", "pool")),
+        )
         job.student.register_forward_pre_hook(lambda *_: self.begin())
         job.student.register_forward_hook(lambda *_: (self.end("student forward"), self.begin())[0])
         job.opt.register_step_pre_hook(lambda *_: (self.end("loss and backward"), self.begin())[0])
         job.opt.register_step_post_hook(lambda *_: self.end("optimiser"))
 
-    def begin(self): wait(self.device); self.start = time.perf_counter()
+    def begin(self):
+        synchronize(self.device)
+        self.start = time.perf_counter()
 
-    def end(self, part): wait(self.device); self.seconds[part] += time.perf_counter() - self.start
+    def end(self, part):
+        synchronize(self.device)
+        self.seconds[part] += time.perf_counter() - self.start
 
     def timed(self, part, f, without=()):
         "`f`, timed as `part`, less what the parts in `without` took inside it."
+
         def g(*args):
             before = sum(self.seconds[o] for o in without)
             seconds, out = timed(lambda: f(*args), self.device)
             self.seconds[part] += seconds - (sum(self.seconds[o] for o in without) - before)
             return out
+
         return g
+
 
 PARTS = ["noise", "pool", "selection", "targets", "student forward", "loss and backward", "optimiser", "rest"]
 
+
 def shares(case, steps=10, warm=2, threads=None):
-    """Where the time of a `Case`'s step goes: a DataFrame, one row a part, with milliseconds a step and the share of the whole in percent.
-"""
+    """Where the time of a `Case`'s step goes: a DataFrame, one row a part, with milliseconds a step and the share of the whole in percent."""
     loop = Ours(case)
     try:
         with threads_of(threads or torch.get_num_threads()):
-            for _ in range(warm): loop.step()
+            for _ in range(warm):
+                loop.step()
             watch = Stopwatch(loop)
             whole, _ = timed(loop.step, case.device, steps)
-    finally: loop.close()
+    finally:
+        loop.close()
     seconds = {**watch.seconds, "rest": whole - sum(watch.seconds.values())}
-    return pd.DataFrame([{"part": p, "ms": 1000 * seconds[p] / steps, "share": 100 * seconds[p] / whole} for p in PARTS if p in seconds])
+    return pd.DataFrame(
+        [{"part": p, "ms": 1000 * seconds[p] / steps, "share": 100 * seconds[p] / whole} for p in PARTS if p in seconds]
+    )
+
 
 def plot_shares(parts):
     "Shares of a step's time as stacked bars; `parts`: rows of `shares` with columns case and norm. Returns the figure."
     use_style()
     wide = parts.assign(run=parts.case + ", " + parts.norm).pivot(index="run", columns="part", values="share")
     wide = wide[[p for p in PARTS if p in wide]]
-    ax = wide.plot.barh(stacked=True, figsize=(6.5, 0.9 + 0.35 * len(wide)), width=0.7, colormap="cividis", edgecolor="white", linewidth=0.4)
+    ax = wide.plot.barh(
+        stacked=True,
+        figsize=(6.5, 0.9 + 0.35 * len(wide)),
+        width=0.7,
+        colormap="cividis",
+        edgecolor="white",
+        linewidth=0.4,
+    )
     ax.set(xlabel="share of a step's time (%)", ylabel="", xlim=(0, 100))
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize="small")
     ax.figure.tight_layout()
@@ -266,19 +364,25 @@ def cost_of_k(case, ks=(2, 4, 8), turns=5, threads=None):
         query = stack.enter_context(_process("query", {**case, "k": ks[0]}, threads))
         times = [({k: ask(steps) for k, ask in asks.items()}, query(4 * steps)) for _ in range(turns + 1)][1:]
         peak = {k: ask(None) for k, ask in asks.items()}
-    table = pd.DataFrame([{"k": k, "seconds": float(np.median([t[k] for t, _ in times])), "peak_bytes": peak[k]} for k in ks])
+    table = pd.DataFrame(
+        [{"k": k, "seconds": float(np.median([t[k] for t, _ in times])), "peak_bytes": peak[k]} for k in ks]
+    )
     slopes = [np.polyfit(ks, [t[k] for k in ks], 1)[0] / one for t, one in times]
     return table, float(np.median(slopes))
 
+
 class Query(Ours):
     "One pool query of `Ours`: noise, and the teacher's answers to it."
+
     def __init__(self, case):
         super().__init__(case)
         self.g = torch.Generator(case.device).manual_seed(0)
 
     def step(self):
         supervise = self.job.supervise
-        with torch.no_grad(): supervise.query(supervise._noise(self.case.cfg.batch_size, self.g))
+        with torch.no_grad():
+            supervise.query(supervise._noise(self.case.cfg.batch_size, self.g))
+
 
 LOOPS["query"] = Query
 
@@ -291,19 +395,42 @@ def benchmark(name, turns=7, threads=None, **options):
     used, over the time it took. `options`: of `Case`.
     """
     case = Case(name, **options)
-    precision = {"teacher": pick_teacher_precision(case.cfg.precision, case.device), "student": pick_student_precision(case.cfg.precision, case.device, case.shape)}
-    with threads_of(threads or torch.get_num_threads()): flops, peak = step_flops(case), gemm_rates(case.device)
+    precision = {
+        "teacher": pick_teacher_precision(case.cfg.precision, case.device),
+        "student": pick_student_precision(case.cfg.precision, case.device, case.shape),
+    }
+    with threads_of(threads or torch.get_num_threads()):
+        flops, peak = step_flops(case), gemm_rates(case.device)
     found = take_turns({"name": name, **options}, turns, threads=threads)
     plain, ours = (np.array(found[loop]["seconds"]) for loop in ("plain", "ours"))
     ratios, cfg, seconds = plain / ours, case.cfg, float(np.median(ours))
-    return {"case": name, "ratio": float(np.median(ratios)), "ratio_low": float(np.quantile(ratios, 0.1)), "ratio_high": float(np.quantile(ratios, 0.9)),
-            "images_per_s": cfg.batch_size * cfg.k / seconds, "roofline_fraction": sum(n / peak[precision[who]] for who, n in flops.items()) / seconds,
-            "shape": list(case.shape), "plain_seconds": float(np.median(plain)), "seconds": seconds, "gflops_step": sum(flops.values()) / 1e9, "gemm_gflops": {p: r / 1e9 for p, r in peak.items()},
-            "peak_mb": {loop: found[loop]["peak_bytes"] / 1e6 for loop in found}, "precision": precision, "compile": case.cfg.compile, "norm": options.get("norm", "bn"),
-            "batch_size": cfg.batch_size, "k": cfg.k, "turns": turns, "threads": threads or torch.get_num_threads(), "device": str(case.device)}
+    return {
+        "case": name,
+        "ratio": float(np.median(ratios)),
+        "ratio_low": float(np.quantile(ratios, 0.1)),
+        "ratio_high": float(np.quantile(ratios, 0.9)),
+        "images_per_s": cfg.batch_size * cfg.k / seconds,
+        "roofline_fraction": sum(n / peak[precision[who]] for who, n in flops.items()) / seconds,
+        "shape": list(case.shape),
+        "plain_seconds": float(np.median(plain)),
+        "seconds": seconds,
+        "gflops_step": sum(flops.values()) / 1e9,
+        "gemm_gflops": {p: r / 1e9 for p, r in peak.items()},
+        "peak_mb": {loop: found[loop]["peak_bytes"] / 1e6 for loop in found},
+        "precision": precision,
+        "compile": case.cfg.compile,
+        "norm": options.get("norm", "bn"),
+        "batch_size": cfg.batch_size,
+        "k": cfg.k,
+        "turns": turns,
+        "threads": threads or torch.get_num_threads(),
+        "device": str(case.device),
+    }
+
 
 class BenchmarkParameters(Config):
     "Parameters of the benchmark notebook; its own comments say what each is."
+
     cases: Names = ["digits", "cifar", "cifar-wrn"]
     norms: Names = ["bn", "ln"]
     turns: int = Field(5, ge=1)
@@ -317,27 +444,54 @@ class BenchmarkParameters(Config):
 
     @model_validator(mode="after")
     def _known(self):
-        for case in self.cases: one_of(case, CASES, "case")
-        for norm in self.norms: one_of(norm, ("bn", "ln", "gn"), "norm")
+        for case in self.cases:
+            one_of(case, CASES, "case")
+        for norm in self.norms:
+            one_of(norm, ("bn", "ln", "gn"), "norm")
         return self
 
-    def run_name(self): return f"benchmark-{self.machine}" if self.machine else "benchmark"
+    def run_name(self):
+        return f"benchmark-{self.machine}" if self.machine else "benchmark"
 
-    def options(self): return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "compile", "device")}
+    def options(self):
+        return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "compile", "device")}
+
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m nskd.benchmark", description="Ours against the plain loop.")
     parser.add_argument("--case", default="digits", help=f"one of {', '.join(CASES)}")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
-    for option, kind, default in (("turns", int, 7), ("device", str, "auto"), ("norm", str, "bn"), ("precision", str, "auto"), ("k", int, 4)):
+    for option, kind, default in (
+        ("turns", int, 7),
+        ("device", str, "auto"),
+        ("norm", str, "bn"),
+        ("precision", str, "auto"),
+        ("k", int, 4),
+    ):
         parser.add_argument(f"--{option}", type=kind, default=default)
-    for option in ("batch-size", "threads"): parser.add_argument(f"--{option}", type=int)
+    for option in ("batch-size", "threads"):
+        parser.add_argument(f"--{option}", type=int)
     parser.add_argument("--compile", action="store_true", help="compile our networks first (nskd.compiled)")
     a = parser.parse_args(arguments)
-    try: found = benchmark(a.case, a.turns, a.threads, device=a.device, norm=a.norm, precision=a.precision, k=a.k, batch_size=a.batch_size, compile=a.compile)
-    except (ValueError, RuntimeError) as e: sys.exit(f"error: {first_line(e)}")
+    try:
+        found = benchmark(
+            a.case,
+            a.turns,
+            a.threads,
+            device=a.device,
+            norm=a.norm,
+            precision=a.precision,
+            k=a.k,
+            batch_size=a.batch_size,
+            compile=a.compile,
+        )
+    except (ValueError, RuntimeError) as e:
+        sys.exit(f"error: {first_line(e)}")
     print(json.dumps(found) if a.json else _told(found))
 
+
 def _told(f):
-    return (f"{f['case']} on {f['device']} (teacher in {f['precision']['teacher']}, student in {f['precision']['student']}{', compiled' * f['compile']}, {f['norm']}, batch {f['batch_size']}, k = {f['k']}): {f['ratio']:.2f} times the plain loop "
-            f"[{f['ratio_low']:.2f}, {f['ratio_high']:.2f}], {f['images_per_s']:,.0f} noise images/s, {100 * f['roofline_fraction']:.0f} % of the machine's matrix products")
+    return (
+        f"{f['case']} on {f['device']} (teacher in {f['precision']['teacher']}, student in {f['precision']['student']}{', compiled' * f['compile']}, {f['norm']}, batch {f['batch_size']}, k = {f['k']}): {f['ratio']:.2f} times the plain loop "
+        f"[{f['ratio_low']:.2f}, {f['ratio_high']:.2f}], {f['images_per_s']:,.0f} noise images/s, {100 * f['roofline_fraction']:.0f} % of the machine's matrix products"
+    )

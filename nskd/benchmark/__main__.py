@@ -8,4 +8,5 @@ __all__ = []
 # %% ../../nbs/benchmark/benchmark_command.ipynb #84c3a56b
 from . import main
 
-if __name__ == "__main__" and "__file__" in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    main()

@@ -10,12 +10,68 @@ __all__ = ['ActivationStatistics', 'activation_mismatch', 'activation_statistics
            'mutual_information', 'noise_logits', 'pick_alpha', 'share_bounds']
 
 # %% ../../nbs/diagnostics/00_diagnostics.ipynb #546435c0
-from .activations import ActivationStatistics, activation_mismatch, activation_statistics, channel_mismatches, energy_coefficient
-from .batch_context import BatchDependence, batch_dependence, context_loss, context_records, fluctuation_correlation
-from .preflight import Preflight, admissible_modes, check_teacher, describe_norms, judge_teacher, preflight
-from ..information import (ALPHAS, ClassHistogram, Information, alpha_sweep, check_samples, class_histogram, coverage, mutual_information,
-                              noise_logits, pick_alpha, share_bounds)
+from nskd.diagnostics.activations import (
+    ActivationStatistics,
+    activation_mismatch,
+    activation_statistics,
+    channel_mismatches,
+    energy_coefficient,
+)
+from nskd.diagnostics.batch_context import (
+    BatchDependence,
+    batch_dependence,
+    context_loss,
+    context_records,
+    fluctuation_correlation,
+)
+from nskd.diagnostics.preflight import (
+    Preflight,
+    admissible_modes,
+    check_teacher,
+    describe_norms,
+    judge_teacher,
+    preflight,
+)
+from nskd.information import (
+    ALPHAS,
+    ClassHistogram,
+    Information,
+    alpha_sweep,
+    check_samples,
+    class_histogram,
+    coverage,
+    mutual_information,
+    noise_logits,
+    pick_alpha,
+    share_bounds,
+)
 
-_all_ = ["ActivationStatistics", "activation_mismatch", "activation_statistics", "channel_mismatches", "energy_coefficient", "BatchDependence", "batch_dependence",
-         "context_loss", "context_records", "fluctuation_correlation", "Preflight", "admissible_modes", "check_teacher", "describe_norms", "judge_teacher", "preflight",
-         "ALPHAS", "ClassHistogram", "Information", "alpha_sweep", "check_samples", "class_histogram", "coverage", "mutual_information", "noise_logits", "pick_alpha", "share_bounds"]
+_all_ = [
+    "ActivationStatistics",
+    "activation_mismatch",
+    "activation_statistics",
+    "channel_mismatches",
+    "energy_coefficient",
+    "BatchDependence",
+    "batch_dependence",
+    "context_loss",
+    "context_records",
+    "fluctuation_correlation",
+    "Preflight",
+    "admissible_modes",
+    "check_teacher",
+    "describe_norms",
+    "judge_teacher",
+    "preflight",
+    "ALPHAS",
+    "ClassHistogram",
+    "Information",
+    "alpha_sweep",
+    "check_samples",
+    "class_histogram",
+    "coverage",
+    "mutual_information",
+    "noise_logits",
+    "pick_alpha",
+    "share_bounds",
+]

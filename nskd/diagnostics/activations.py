@@ -19,19 +19,25 @@ from ..norms import bn_mode, norm_kinds
 @dataclass(frozen=True)
 class ActivationStatistics:
     "Mean and variance (biased) over positions of every image and channel: float32 (N, C) each; `layer`: whose output."
+
     mean: torch.Tensor
     variance: torch.Tensor
     layer: str
+
 
 def _first_batch_norm(net, example):
     "Name of the first BatchNorm that a forward pass of `example` reaches."
     found, handles = [], []
     for name, m in net.named_modules():
-        if isinstance(m, _BatchNorm): handles.append(m.register_forward_pre_hook(lambda m, _, name=name: found.append(name)))
-    try: net(example)
+        if isinstance(m, _BatchNorm):
+            handles.append(m.register_forward_pre_hook(lambda m, _, name=name: found.append(name)))
+    try:
+        net(example)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     return found[0]
+
 
 @torch.no_grad()
 def activation_statistics(net, inputs, mode="cs", layer=None, batch_size=256):
@@ -42,22 +48,30 @@ def activation_statistics(net, inputs, mode="cs", layer=None, batch_size=256):
     Source: NormShift-KD, Figures 4 and 6.
     """
     if not norm_kinds(net)["bn"]:
-        raise ValueError("this network has no BatchNorm: running and current statistics are one computation in it, and there is no Conv–BN–ReLU block to look at")
+        raise ValueError(
+            "this network has no BatchNorm: running and current statistics are one computation in it, and there is no Conv–BN–ReLU block to look at"
+        )
     device, kept = next(net.parameters()).device, []
     parts = inputs.tensor_split(math.ceil(len(inputs) / batch_size))
     with bn_mode(net, mode):
         layer = layer or _first_batch_norm(net, parts[0].to(device))
         names = {n for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
-        if layer not in names: raise ValueError(f"there is no BatchNorm layer {layer!r}; the network has {', '.join(sorted(names)[:6])} …")
+        if layer not in names:
+            raise ValueError(f"there is no BatchNorm layer {layer!r}; the network has {', '.join(sorted(names)[:6])} …")
+
         def keep(module, args, out):
-            var, mean = torch.var_mean(out.relu().flatten(2), 2, correction=0)          # (B, C) each
+            var, mean = torch.var_mean(out.relu().flatten(2), 2, correction=0)  # (B, C) each
             kept.append((mean.cpu(), var.cpu()))
+
         handle = net.get_submodule(layer).register_forward_hook(keep)
         try:
-            for x in parts: net(x.to(device))
-        finally: handle.remove()
+            for x in parts:
+                net(x.to(device))
+        finally:
+            handle.remove()
     mean, variance = (torch.cat(t) for t in zip(*kept))
     return ActivationStatistics(mean, variance, layer)
+
 
 def energy_coefficient(x, y):
     """How far two clouds of points are apart: about 0 for equal distributions, up to 1; `x` (N, D), `y` (M, D).
@@ -71,10 +85,12 @@ def energy_coefficient(x, y):
     between = 2 * torch.cdist(x, y).mean()
     return ((between - within(x) - within(y)) / between).item() if between > 0 else 0.0
 
+
 def channel_mismatches(a, b):
     "Energy coefficient of two `ActivationStatistics`' (mean, variance) clouds in each channel: float64 (C,), about 0 … 1."
-    clouds = lambda s: torch.stack((s.mean, s.variance), 2).unbind(1)                    # C times (N, 2)
+    clouds = lambda s: torch.stack((s.mean, s.variance), 2).unbind(1)  # C times (N, 2)
     return np.array([energy_coefficient(x, y) for x, y in zip(clouds(a), clouds(b))])
+
 
 def activation_mismatch(a, b):
     "Mean of `channel_mismatches` over channels: one number, about 0 … 1."

@@ -26,40 +26,71 @@ class BatchDependence:
     `off_mode`: share of contexts that differ from the input's most frequent prediction. `prob_variance`: variance of a
     class probability over contexts (biased), mean over classes and inputs. `classes`: predictions of the first input.
     """
+
     logits: torch.Tensor
 
     @property
-    def probabilities(self): return self.logits.double().softmax(2)
+    def probabilities(self):
+        return self.logits.double().softmax(2)
+
     @property
-    def _votes(self): return torch.nn.functional.one_hot(self.logits.argmax(2), self.logits.shape[2]).sum(1)      # (inputs, classes)
+    def _votes(self):
+        return torch.nn.functional.one_hot(self.logits.argmax(2), self.logits.shape[2]).sum(1)  # (inputs, classes)
+
     @property
     def flip_rates(self):
         n = self.logits.shape[1]
-        return (n * n - (self._votes ** 2).sum(1)) / (n * (n - 1))
+        return (n * n - (self._votes**2).sum(1)) / (n * (n - 1))
+
     @property
-    def flip_rate(self): return self.flip_rates.mean().item()
+    def flip_rate(self):
+        return self.flip_rates.mean().item()
+
     @property
-    def off_mode(self): return 1 - (self._votes.max(1).values / self.logits.shape[1]).mean().item()
+    def off_mode(self):
+        return 1 - (self._votes.max(1).values / self.logits.shape[1]).mean().item()
+
     @property
-    def prob_variance(self): return self.probabilities.var(1, correction=0).mean().item()
+    def prob_variance(self):
+        return self.probabilities.var(1, correction=0).mean().item()
+
     @property
-    def classes(self): return sorted(set(self.logits[0].argmax(1).tolist()))
+    def classes(self):
+        return sorted(set(self.logits[0].argmax(1).tolist()))
+
 
 @contextmanager
 def _stochastic(net, on, generator):
     "Dropout and stochastic depth on, from a seed of their own, inside a mode that restores them."
-    if not on: yield; return
+    if not on:
+        yield
+        return
     for m in net.modules():
-        if not isinstance(m, _BatchNorm): m.training = True
+        if not isinstance(m, _BatchNorm):
+            m.training = True
     device = next(net.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         at = generator.device if generator is not None else "cpu"
-        torch.manual_seed(torch.randint(2**62, (1,), generator=generator, device=at).item())       # dropout takes no generator
+        torch.manual_seed(
+            torch.randint(2**62, (1,), generator=generator, device=at).item()
+        )  # dropout takes no generator
         yield
 
+
 @torch.no_grad()
-def batch_dependence(net, draw, contexts=30, others=127, inputs=1, mode="auto", alpha=0.5, dropout=False, same_context=False,
-                     generator=None, x0=None):
+def batch_dependence(
+    net,
+    draw,
+    contexts=30,
+    others=127,
+    inputs=1,
+    mode="auto",
+    alpha=0.5,
+    dropout=False,
+    same_context=False,
+    generator=None,
+    x0=None,
+):
     """How much a network's answer to a fixed input depends on the rest of its batch: a `BatchDependence`.
 
     Each of `inputs` fixed inputs (drawn, or given as `x0` (inputs, C, H, W)) is put into `contexts` batches with `others`
@@ -67,13 +98,18 @@ def batch_dependence(net, draw, contexts=30, others=127, inputs=1, mode="auto", 
     again. Networks given equal `generator` seeds see equal batches, in any mode. ValueError for fewer than two contexts.
     Source: NormShift-KD, Appendix D.4 and D.5, Tables 12 and 13.
     """
-    if contexts < 2 or others < 0: raise ValueError(f"batch dependence needs at least 2 contexts and 0 others, not {contexts} and {others}")
+    if contexts < 2 or others < 0:
+        raise ValueError(f"batch dependence needs at least 2 contexts and 0 others, not {contexts} and {others}")
     device = next(net.parameters()).device
     g = as_generator(generator, device)
     fixed, seeds = [], []
-    for i in range(inputs if x0 is None else len(x0)):              # one after the other: fewer inputs are a prefix of more
-        fixed.append(draw(1, generator=g, device=device) if x0 is None else x0[i:i + 1].to(device))
-        seeds.append(torch.randint(2**62, (1 if same_context else contexts,), generator=g, device=device).expand(contexts).tolist())
+    for i in range(inputs if x0 is None else len(x0)):  # one after the other: fewer inputs are a prefix of more
+        fixed.append(draw(1, generator=g, device=device) if x0 is None else x0[i : i + 1].to(device))
+        seeds.append(
+            torch.randint(2**62, (1 if same_context else contexts,), generator=g, device=device)
+            .expand(contexts)
+            .tolist()
+        )
     found = []
     with teacher_context(net, mode, alpha), _stochastic(net, dropout, g):
         for x, batches in zip(fixed, seeds):
@@ -81,16 +117,21 @@ def batch_dependence(net, draw, contexts=30, others=127, inputs=1, mode="auto", 
             found.append(torch.stack([net(torch.cat((x, c)))[0].float() for c in company]))
     return BatchDependence(torch.stack(found).cpu())
 
+
 def fluctuation_correlation(a, b):
     """Pearson correlation of two networks' logit fluctuations over the same contexts; NaN where one doesn't move.
 
     `a`, `b`: `BatchDependence` over equal inputs and contexts. Fluctuations are logits less their mean over contexts.
     Source: NormShift-KD, Appendix D.6 (Barrier 1).
     """
-    if a.logits.shape != b.logits.shape: raise ValueError(f"both need equal inputs, contexts and classes, not {tuple(a.logits.shape)} and {tuple(b.logits.shape)}")
+    if a.logits.shape != b.logits.shape:
+        raise ValueError(
+            f"both need equal inputs, contexts and classes, not {tuple(a.logits.shape)} and {tuple(b.logits.shape)}"
+        )
     u, v = ((d.logits.double() - d.logits.double().mean(1, keepdim=True)).flatten() for d in (a, b))
     # float32 noise is not a fluctuation
-    if min(u.abs().max(), v.abs().max()) < 1e-4: return math.nan
+    if min(u.abs().max(), v.abs().max()) < 1e-4:
+        return math.nan
     return (u @ v / (u.norm() * v.norm())).item()
 
 # %% ../../nbs/diagnostics/02_batch_context.ipynb #64f97ab7
@@ -99,20 +140,38 @@ def shared_inputs(a, b):
     least = min(len(a.logits), len(b.logits))
     return BatchDependence(a.logits[:least]), BatchDependence(b.logits[:least])
 
+
 def context_records(found, elsewhere=()):
     """One row a network and seed of {(seed, network): BatchDependence, or None where there is none yet}: a DataFrame.
 
     Columns: `flip_rate` and `off_mode` in percent, `prob_variance`, `classes`, and `correlation` of the logits' fluctuations
     with those of the seed's "teacher" (NaN for itself and for networks named in `elsewhere`, whose contexts were others).
     """
-    def correlation(seed, n): return math.nan if n in ("teacher", *elsewhere) else fluctuation_correlation(*shared_inputs(found[seed, n], found[seed, "teacher"]))
+
+    def correlation(seed, n):
+        return (
+            math.nan
+            if n in ("teacher", *elsewhere)
+            else fluctuation_correlation(*shared_inputs(found[seed, n], found[seed, "teacher"]))
+        )
+
     def measured(seed, n, d):
-        if d is None: return dict.fromkeys(("flip_rate", "off_mode", "prob_variance", "correlation"), math.nan) | {"classes": ""}
-        return dict(flip_rate=100 * d.flip_rate, off_mode=100 * d.off_mode, prob_variance=d.prob_variance, correlation=correlation(seed, n), classes=" ".join(map(str, d.classes)))
+        if d is None:
+            return dict.fromkeys(("flip_rate", "off_mode", "prob_variance", "correlation"), math.nan) | {"classes": ""}
+        return dict(
+            flip_rate=100 * d.flip_rate,
+            off_mode=100 * d.off_mode,
+            prob_variance=d.prob_variance,
+            correlation=correlation(seed, n),
+            classes=" ".join(map(str, d.classes)),
+        )
+
     return pd.DataFrame([dict(network=n, seed=seed, **measured(seed, n, d)) for (seed, n), d in found.items()])
+
 
 def context_loss(student, teacher, tau=1.0):
     "Mean KL(p_T ‖ p_S) at `tau` of two `BatchDependence`s over the inputs and contexts of both, nats; NaN where one is None."
-    if student is None or teacher is None: return math.nan
+    if student is None or teacher is None:
+        return math.nan
     s, t = ((d.logits.double() / tau).log_softmax(2) for d in shared_inputs(student, teacher))
     return (t.exp() * (t - s)).sum(2).mean().item()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'ENOUGH', 'OTHER_NOISE', 'describe_norms', 'check_teacher', 'admissible_modes', 'Preflight', 'score',
-           'company_flips', 'forward_cost', 'judge_teacher', 'preflight', 'plot_histograms', 'track_record']
+           'batch_mate_flips', 'forward_cost', 'judge_teacher', 'preflight', 'plot_histograms', 'track_record']
 
 # %% ../../nbs/diagnostics/03_preflight.ipynb #672ad2ed
 import math
@@ -27,14 +27,23 @@ from ..samplers import create_sampler
 # %% ../../nbs/diagnostics/03_preflight.ipynb #11897f65
 def describe_norms(net, kind=""):
     "One sentence: which normalisations a network has, and what NormShift-KD does with them."
-    if kind == "torchscript": return "TorchScript hides its layers: the teacher answers in its ordinary mode only, and of the method rejection sampling is left; torch.export gives all of it"
+    if kind == "torchscript":
+        return "TorchScript hides its layers: the teacher answers in its ordinary mode only, and of the method rejection sampling is left; torch.export gives all of it"
     k = norm_kinds(net)
     batch, sample = k["bn"], k["ln"] + k["gn"]
-    kinds = " and ".join(f"{n} {what}" for n, what in ((k["bn"], "BatchNorms"), (k["ln"], "LayerNorms"), (k["gn"], "GroupNorms")) if n)
-    if batch and sample: return f"{kinds}: current statistics for the BatchNorms, batch alignment for the others, α by I(X;C)"
-    if batch: return f"{kinds}: the teacher is asked with the current batch's statistics (CS)"
-    if sample: return f"{kinds}: the teacher is asked with batch alignment, α by I(X;C)"
-    return "no normalisation layers: the teacher can only be asked as it is, and of the method rejection sampling is left"
+    kinds = " and ".join(
+        f"{n} {what}" for n, what in ((k["bn"], "BatchNorms"), (k["ln"], "LayerNorms"), (k["gn"], "GroupNorms")) if n
+    )
+    if batch and sample:
+        return f"{kinds}: current statistics for the BatchNorms, batch alignment for the others, α by I(X;C)"
+    if batch:
+        return f"{kinds}: the teacher is asked with the current batch's statistics (CS)"
+    if sample:
+        return f"{kinds}: the teacher is asked with batch alignment, α by I(X;C)"
+    return (
+        "no normalisation layers: the teacher can only be asked as it is, and of the method rejection sampling is left"
+    )
+
 
 @torch.no_grad()
 def check_teacher(net, input_shape, n=32):
@@ -43,22 +52,39 @@ def check_teacher(net, input_shape, n=32):
     Returns its number of classes. ValueError of one sentence otherwise.
     """
     for name, t in [*net.named_parameters(), *net.named_buffers()]:
-        if t.is_floating_point() and not torch.isfinite(t).all(): raise ValueError(f"the teacher's weights are not finite: {name} holds NaN or infinity")
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise ValueError(f"the teacher's weights are not finite: {name} holds NaN or infinity")
     tensor = next(net.parameters(), torch.zeros(()))
     x = torch.randn(n, *input_shape, generator=torch.Generator().manual_seed(0)).to(tensor.device)
     with teacher_context(net, "rs") if not isinstance(net, torch.jit.ScriptModule) else torch.no_grad():
-        outs = [_ask(net, part, input_shape) for part in (x, x[:n // 2 + 1])]
+        outs = [_ask(net, part, input_shape) for part in (x, x[: n // 2 + 1])]
     z = outs[0]
-    if not isinstance(z, torch.Tensor) or z.dim() != 2 or len(z) != n: raise ValueError(f"the teacher's output must be logits (batch, classes), not {tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__}")
-    if z.shape[1] < 2: raise ValueError(f"the teacher has {z.shape[1]} output, and a classifier needs two classes or more: with a single logit z, use the pair (0, z)")
-    if not torch.isfinite(z).all(): raise ValueError("the teacher's logits on noise are not finite: check its weights")
-    if (z >= 0).all() and (z.sum(1) - 1).abs().max() < 1e-3: raise ValueError("the teacher's outputs are probabilities (every row is 0 or more and sums to 1): give it without its last softmax, so that it returns logits")
+    if not isinstance(z, torch.Tensor) or z.dim() != 2 or len(z) != n:
+        raise ValueError(
+            f"the teacher's output must be logits (batch, classes), not {tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__}"
+        )
+    if z.shape[1] < 2:
+        raise ValueError(
+            f"the teacher has {z.shape[1]} output, and a classifier needs two classes or more: with a single logit z, use the pair (0, z)"
+        )
+    if not torch.isfinite(z).all():
+        raise ValueError("the teacher's logits on noise are not finite: check its weights")
+    if (z >= 0).all() and (z.sum(1) - 1).abs().max() < 1e-3:
+        raise ValueError(
+            "the teacher's outputs are probabilities (every row is 0 or more and sums to 1): give it without its last softmax, so that it returns logits"
+        )
     return z.shape[1]
 
+
 def _ask(net, x, input_shape):
-    try: return net(x)
+    try:
+        return net(x)
     except Exception as e:
-        why = "it was exported for batches of one size: export it with a dynamic batch dimension" if isinstance(net, torch.fx.GraphModule) and "shape" in str(e).lower() else first_line(e)
+        why = (
+            "it was exported for batches of one size: export it with a dynamic batch dimension"
+            if isinstance(net, torch.fx.GraphModule) and "shape" in str(e).lower()
+            else first_line(e)
+        )
         raise ValueError(f"the teacher can't be run on {len(x)} inputs of shape {tuple(input_shape)}: {why}") from e
 
 # %% ../../nbs/diagnostics/03_preflight.ipynb #d4427f3d
@@ -66,9 +92,12 @@ def admissible_modes(teacher, alphas=ALPHAS):
     "The modes in which a teacher can be asked: {name: (mode, alpha)}; `rs`, `cs`, `aligned@0.25` …"
     kinds = norm_kinds(teacher)
     modes = {"rs": ("rs", 0.0)}
-    if kinds["bn"]: modes["cs"] = ("cs", 0.0)
-    if kinds["ln"] + kinds["gn"]: modes |= {f"aligned@{a:g}": ("aligned", a) for a in alphas if a > 0}
+    if kinds["bn"]:
+        modes["cs"] = ("cs", 0.0)
+    if kinds["ln"] + kinds["gn"]:
+        modes |= {f"aligned@{a:g}": ("aligned", a) for a in alphas if a > 0}
     return modes
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -79,6 +108,7 @@ class Preflight:
     batch sizes and other noise. `cost`: FLOPs an image, seconds a step, hours a run, on `device`. `unseen_below`: upper bound (95 %,
     all classes together) on the probability of a class that never came.
     """
+
     verdict: str
     reasons: list
     norms: str
@@ -90,25 +120,46 @@ class Preflight:
     device: str
 
     @property
-    def chosen(self): return self.modes[self.mode]
+    def chosen(self):
+        return self.modes[self.mode]
+
     @property
-    def alpha(self): return float(self.mode.partition("@")[2]) if "@" in self.mode else None
+    def alpha(self):
+        return float(self.mode.partition("@")[2]) if "@" in self.mode else None
+
     @property
-    def score(self): return score(self.chosen)
+    def score(self):
+        return score(self.chosen)
+
     @property
-    def unseen_below(self): return share_bounds(0, self.chosen.n, len(self.chosen.counts))[1]
+    def unseen_below(self):
+        return share_bounds(0, self.chosen.n, len(self.chosen.counts))[1]
 
     def table(self):
         "One row a mode: entropies and I(X;C) in nats, classes never predicted, the k that balance needs, and the share of a pool that it keeps."
-        return pd.DataFrame([{"mode": name + (" *" if name == self.mode else ""), "H(P̄)": h.marginal_entropy, "E[H(p)]": h.conditional_entropy, "I(X;C)": h.mutual_information,
-                              "never predicted": h.missing_classes, "required k": h.required_k, "kept share": 1 / h.required_k, "inputs": h.n} for name, h in self.modes.items()])
+        return pd.DataFrame(
+            [
+                {
+                    "mode": name + (" *" if name == self.mode else ""),
+                    "H(P̄)": h.marginal_entropy,
+                    "E[H(p)]": h.conditional_entropy,
+                    "I(X;C)": h.mutual_information,
+                    "never predicted": h.missing_classes,
+                    "required k": h.required_k,
+                    "kept share": 1 / h.required_k,
+                    "inputs": h.n,
+                }
+                for name, h in self.modes.items()
+            ]
+        )
+
 
 def score(h):
     "What preflight goes by: I(X;C) of a `ClassHistogram` as a share of log(classes), 0 to 1."
     return h.mutual_information / math.log(len(h.counts))
 
 # %% ../../nbs/diagnostics/03_preflight.ipynb #38399f6f
-def company_flips(teacher, draw, n, mode, alpha=0.5, batch_size=256, seed=0):
+def batch_mate_flips(teacher, draw, n, mode, alpha=0.5, batch_size=256, seed=0):
     """Share of `n` inputs of noise whose predicted class changes when they are put into other batches of the same inputs: 0 to 1.
 
     Every input is asked twice, in two random divisions into batches of about `batch_size`; 0 without batch coupling.
@@ -125,6 +176,7 @@ def company_flips(teacher, draw, n, mode, alpha=0.5, batch_size=256, seed=0):
             labels.append(torch.empty_like(answer).scatter_(0, order, answer))
     return (labels[0] != labels[1]).double().mean().item()
 
+
 @torch.no_grad()
 def forward_cost(net, shape, batch_size, mode="rs", alpha=0.5, precision="fp32"):
     """FLOPs of one image's forward pass (a multiply-add is two), and seconds for an image in a batch of `batch_size`, the faster of two runs.
@@ -134,32 +186,59 @@ def forward_cost(net, shape, batch_size, mode="rs", alpha=0.5, precision="fp32")
     device = next(net.parameters()).device
     x = torch.randn(batch_size, *shape, device=device)
     with teacher_context(net, mode, alpha), autocast(device, pick_teacher_precision(precision, device)):
-        with FlopCounterMode(display=False) as counter: net(x[:2])
+        with FlopCounterMode(display=False) as counter:
+            net(x[:2])
         seconds = min(timed(lambda: net(x), device)[0] for _ in range(2))
     return counter.get_total_flops() / 2, seconds / batch_size
 
 # %% ../../nbs/diagnostics/03_preflight.ipynb #bf5d3573
-LEAST, ENOUGH = 0.02, 0.5         # of the score: below the first no go, below the second with care
+LEAST, ENOUGH = 0.02, 0.5  # of the score: below the first no go, below the second with care
+
 
 def judge_teacher(h, flip_rate, k=4):
-    "Verdict and reasons from a `ClassHistogram` in the mode of distillation: (\"go\" | \"care\" | \"no go\", sentences)."
+    'Verdict and reasons from a `ClassHistogram` in the mode of distillation: ("go" | "care" | "no go", sentences).'
     classes, known = len(h.counts), score(h)
     bound = share_bounds(0, h.n, classes)[1]
     missing = f"{h.missing_classes} of {classes} classes never came in {h.n:,} answers (each below {100 * bound:.2g} %)"
     stop, care = [], []
-    if known < LEAST: stop.append(f"an answer says next to nothing about its input: I(X;C) is {100 * known:.0f} % of what {classes} classes allow")
-    elif known < ENOUGH: care.append(f"an answer says little about its input: I(X;C) is {100 * known:.0f} % of what {classes} classes allow")
-    if h.missing_classes > classes / 2: stop.append(missing)
-    elif h.missing_classes: care.append(missing)
-    elif h.required_k > k: care.append(f"the rarest class needs k = {h.required_k:.1f} to be served in full, and k is {k}")
-    if flip_rate > 0.5: care.append(f"{100 * flip_rate:.0f} % of the answers change with the company of the batch: only a student whose answers depend on the batch (BatchNorm, or batch alignment) can follow")
+    if known < LEAST:
+        stop.append(
+            f"an answer says next to nothing about its input: I(X;C) is {100 * known:.0f} % of what {classes} classes allow"
+        )
+    elif known < ENOUGH:
+        care.append(
+            f"an answer says little about its input: I(X;C) is {100 * known:.0f} % of what {classes} classes allow"
+        )
+    if h.missing_classes > classes / 2:
+        stop.append(missing)
+    elif h.missing_classes:
+        care.append(missing)
+    elif h.required_k > k:
+        care.append(f"the rarest class needs k = {h.required_k:.1f} to be served in full, and k is {k}")
+    if flip_rate > 0.5:
+        care.append(
+            f"{100 * flip_rate:.0f} % of the answers change with the company of the batch: only a student whose answers depend on the batch (BatchNorm, or batch alignment) can follow"
+        )
     fine = [f"I(X;C) is {100 * known:.0f} % of what {classes} classes allow, and every class comes"]
     return ("no go", stop + care) if stop else ("care", care) if care else ("go", fine)
 
 # %% ../../nbs/diagnostics/03_preflight.ipynb #8aae5761
 OTHER_NOISE = ("uniform", "perlin", "dead_leaves")
 
-def preflight(teacher, shape, student=None, k=4, batch_size=256, samples=4096, steps=800, alphas=ALPHAS, budget_seconds=60.0, device="auto", seed=0):
+
+def preflight(
+    teacher,
+    shape,
+    student=None,
+    k=4,
+    batch_size=256,
+    samples=4096,
+    steps=800,
+    alphas=ALPHAS,
+    budget_seconds=60.0,
+    device="auto",
+    seed=0,
+):
     """Ask a trained classifier whether it can be distilled from noise: no training, no data; a `Preflight`.
 
     `teacher` maps (B, *shape) to logits (B, classes), and is left as it was. `samples`: noise images for each question, fewer where they would
@@ -172,28 +251,50 @@ def preflight(teacher, shape, student=None, k=4, batch_size=256, samples=4096, s
     draw, modes = create_sampler("gaussian", shape), admissible_modes(teacher, alphas)
     likely = "cs" if "cs" in modes and len(modes) == 2 else list(modes)[-1]
     flops, seconds = forward_cost(teacher, shape, min(batch_size, 16), *modes[likely])
-    asked = seconds                                        # preflight asks in fp32, distill need not
-    if pick_teacher_precision("auto", device) != "fp32": _, asked = forward_cost(teacher, shape, min(batch_size, 16), *modes[likely], precision="auto")
+    asked = seconds  # preflight asks in fp32, distill need not
+    if pick_teacher_precision("auto", device) != "fp32":
+        _, asked = forward_cost(teacher, shape, min(batch_size, 16), *modes[likely], precision="auto")
     cost = _run_cost(flops, asked, student, shape, k, batch_size, steps, device)
     passes = len(modes) + 2 + 2 + len(OTHER_NOISE)
     n = int(min(samples, max(48, 0.75 * (budget_seconds - (time.perf_counter() - began)) / seconds / passes)))
-    ask = lambda mode, sampler=draw, size=batch_size: class_histogram(teacher, sampler, n, *modes[mode], min(size, n), generator=seed)
+    ask = lambda mode, sampler=draw, size=batch_size: class_histogram(
+        teacher, sampler, n, *modes[mode], min(size, n), generator=seed
+    )
     found = {name: ask(name) for name in modes}
     mode = _best_mode(found)
-    flips = company_flips(teacher, draw, n, *modes[mode], min(batch_size, max(2, n // 2)), seed)
+    flips = batch_mate_flips(teacher, draw, n, *modes[mode], min(batch_size, max(2, n // 2)), seed)
     sensitivity = [("gaussian", min(batch_size, n), found[mode])]
-    sensitivity += [("gaussian", size, ask(mode, size=size)) for size in dict.fromkeys(max(2, min(batch_size, n) // by) for by in (4, 16))]
+    sensitivity += [
+        ("gaussian", size, ask(mode, size=size))
+        for size in dict.fromkeys(max(2, min(batch_size, n) // by) for by in (4, 16))
+    ]
     sensitivity += [(noise, min(batch_size, n), ask(mode, create_sampler(noise, shape))) for noise in OTHER_NOISE]
-    rows = pd.DataFrame([{"noise": noise, "batch size": size, "H(P̄)": h.marginal_entropy, "E[H(p)]": h.conditional_entropy, "I(X;C)": h.mutual_information, "never predicted": h.missing_classes} for noise, size, h in sensitivity])
+    rows = pd.DataFrame(
+        [
+            {
+                "noise": noise,
+                "batch size": size,
+                "H(P̄)": h.marginal_entropy,
+                "E[H(p)]": h.conditional_entropy,
+                "I(X;C)": h.mutual_information,
+                "never predicted": h.missing_classes,
+            }
+            for noise, size, h in sensitivity
+        ]
+    )
     verdict, reasons = judge_teacher(found[mode], flips, k)
     return Preflight(verdict, reasons, describe_norms(teacher), found, mode, flips, rows, cost, str(device))
+
 
 def _best_mode(found):
     "The mode to distil in: current statistics for BatchNorm; with other norms the alignment of most information (α = 0 is `rs`)."
     aligned = {m: h for m, h in found.items() if m.startswith("aligned")}
-    if not aligned: return "cs" if "cs" in found else "rs"
-    if "cs" not in found: aligned = {"rs": found["rs"], **aligned}
+    if not aligned:
+        return "cs" if "cs" in found else "rs"
+    if "cs" not in found:
+        aligned = {"rs": found["rs"], **aligned}
     return max(aligned, key=lambda m: aligned[m].mutual_information)
+
 
 def _run_cost(flops, seconds, student, shape, k, batch_size, steps, device):
     "Of a run: k forward passes for the pool and one for the targets, and the student's step, about three of its forward passes."
@@ -209,20 +310,26 @@ def plot_histograms(flight, names=None, most=20):
     "Hard and soft class shares of every mode of a `Preflight`, a panel each; `names` of the classes. More than `most` are drawn as sorted curves. Returns the figure."
     use_style()
     modes, classes = list(flight.modes), len(flight.chosen.counts)
-    columns = min(3, len(modes)); lines = math.ceil(len(modes) / columns)
+    columns = min(3, len(modes))
+    lines = math.ceil(len(modes) / columns)
     fig, axes = plt.subplots(lines, columns, figsize=(2.6 * columns, 1.7 * lines + 0.5), sharey=True, squeeze=False)
-    for ax in axes.flat[len(modes):]: ax.set_axis_off()
+    for ax in axes.flat[len(modes) :]:
+        ax.set_axis_off()
     for ax, mode in zip(axes.flat, modes):
         h = flight.modes[mode]
         hard, soft = (100 * v for v in (h.hard, h.soft))
         if classes > most:
-            ax.plot(hard.sort(descending=True).values, color=COLOURS["normshift"], label="hard"); ax.plot(soft.sort(descending=True).values, color="black", linestyle="--", linewidth=1, label="soft")
+            ax.plot(hard.sort(descending=True).values, color=COLOURS["normshift"], label="hard")
+            ax.plot(soft.sort(descending=True).values, color="black", linestyle="--", linewidth=1, label="soft")
         else:
-            ax.bar(range(classes), hard, color=COLOURS["normshift"], width=0.8, label="hard"); ax.plot(range(classes), soft, color="black", marker="_", markersize=9, linestyle="", label="soft")
+            ax.bar(range(classes), hard, color=COLOURS["normshift"], width=0.8, label="hard")
+            ax.plot(range(classes), soft, color="black", marker="_", markersize=9, linestyle="", label="soft")
             ax.set_xticks(range(classes), names or range(classes), fontsize="x-small", rotation=90 if names else 0)
         ax.axhline(100 / classes, color="black", linestyle=":", linewidth=0.8)
-        ax.set_title(mode + (" (chosen)" if mode == flight.mode else "")); ax.grid(axis="x", visible=False)
-    for ax in axes[:, 0]: ax.set_ylabel("share (%)")
+        ax.set_title(mode + (" (chosen)" if mode == flight.mode else ""))
+        ax.grid(axis="x", visible=False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share (%)")
     axes.flat[0].legend(fontsize="x-small")
     return fig
 
@@ -230,7 +337,10 @@ def plot_histograms(flight, names=None, most=20):
 def track_record(tier="digits"):
     "One sentence from the published run of track_record.ipynb: how well the score ordered the students; \"\" where the repository's results aren't at hand."
     path = repo_root() / f"outputs/published/{tier}/track_record/claims.json"
-    if not path.is_file(): return ""
+    if not path.is_file():
+        return ""
     found = {c["id"].partition(".")[2]: c["evidence"] for c in read_json(path)}["score-orders"]
-    return (f"Its record: over {found['n']} seeds of the teachers in track_record.ipynb the rank correlation of score and student was "
-            f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}].")
+    return (
+        f"Its record: over {found['n']} seeds of the teachers in track_record.ipynb the rank correlation of score and student was "
+        f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]."
+    )

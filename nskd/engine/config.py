@@ -16,33 +16,48 @@ def nearest(name, valid, cutoff=0.4):
     near = get_close_matches(str(name), [str(v) for v in valid], n=1, cutoff=cutoff)
     return near[0] if near else None
 
+
 def unknown_name(what, name, valid):
     "One sentence about an unknown name, with the nearest valid one."
     near = nearest(name, valid)
-    return f"there is no {what} {name!r}" + (f", did you mean {near!r}?" if near else f"; there are {', '.join(map(str, valid))}")
+    return f"there is no {what} {name!r}" + (
+        f", did you mean {near!r}?" if near else f"; there are {', '.join(map(str, valid))}"
+    )
+
 
 def first_line(error, most=150):
     "The first line of an error's message, up to `most` characters, for a sentence of ours: libraries' own go on for pages."
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
+
 def one_of(value, valid, what):
     "`value` if it is among `valid`, else a ValueError of one sentence that names the nearest."
-    if value in valid: return value
+    if value in valid:
+        return value
     near = nearest(value, valid)
-    raise ValueError(f"{what} must be one of {', '.join(map(str, valid))}, not {value!r}" + (f", did you mean {near!r}?" if near else ""))
+    raise ValueError(
+        f"{what} must be one of {', '.join(map(str, valid))}, not {value!r}"
+        + (f", did you mean {near!r}?" if near else "")
+    )
 
 # %% ../../nbs/engine/01_config.ipynb #26817ffd
 class Config(BaseModel):
     "A frozen set of checked fields; errors are a ValueError of one sentence. `replace(**changes)` gives a checked copy."
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     def __init__(self, **fields):
         unknown = [f for f in fields if f not in type(self).model_fields]
-        if unknown: raise ValueError(unknown_name("field", unknown[0], type(self).model_fields))
-        try: super().__init__(**fields)
-        except ValidationError as e: raise ValueError(_one_sentence(e)) from None
+        if unknown:
+            raise ValueError(unknown_name("field", unknown[0], type(self).model_fields))
+        try:
+            super().__init__(**fields)
+        except ValidationError as e:
+            raise ValueError(_one_sentence(e)) from None
 
-    def replace(self, **changes): return type(self)(**{**self.model_dump(include=self.model_fields_set), **changes})
+    def replace(self, **changes):
+        return type(self)(**{**self.model_dump(include=self.model_fields_set), **changes})
+
 
 def _one_sentence(error):
     first = error.errors()[0]
@@ -51,5 +66,6 @@ def _one_sentence(error):
         valid = [v.strip(" '") for v in first["ctx"]["expected"].replace(" or ", ",").split(",")]
         return f"{field}: " + unknown_name("choice", given, valid)
     # our own validators say the whole sentence themselves
-    if first["type"] == "value_error": return message.removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message.removeprefix("Value error, ")
     return f"{field}: {message.removeprefix('Input ')[0].lower()}{message.removeprefix('Input ')[1:]}, not {given!r}"

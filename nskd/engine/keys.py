@@ -23,6 +23,7 @@ def content_key(*values):
     "A short hash (16 hex digits) of JSON-like values; equal values, equal key."
     return hashlib.sha256(json.dumps(as_json(values), sort_keys=True).encode()).hexdigest()[:16]
 
+
 def tensors_key(tensors):
     "A short hash of a dict of tensors, names and bits."
     h = hashlib.sha256()
@@ -32,6 +33,7 @@ def tensors_key(tensors):
         h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
+
 @cache
 def _module_code(name):
     "(a hash of what module `name` does, the modules of nskd that it imports anywhere in it)."
@@ -39,26 +41,37 @@ def _module_code(name):
     source = Path(spec.origin).read_text(encoding="utf-8")
     imported = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): imported |= {a.name for a in node.names}
+        if isinstance(node, ast.Import):
+            imported |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent) if node.level else node.module
+            base = (
+                importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
+                if node.level
+                else node.module
+            )
             imported |= {base} | {f"{base}.{a.name}" for a in node.names}
     ours = {m for m in imported if m.startswith("nskd.") and _is_module(m)}
     return content_key(syntax(source)), frozenset(ours)
 
+
 @cache
 def _is_module(name):
-    try: return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError: return False
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
 
 def import_closure(*modules):
     "The named modules of nskd and all of nskd that they import, directly or not: a sorted list of names."
     found, waiting = set(), list(modules)
     while waiting:
-        if (name := waiting.pop()) in found: continue
+        if (name := waiting.pop()) in found:
+            continue
         found.add(name)
         waiting += _module_code(name)[1]
     return sorted(found)
+
 
 def code_key(*objects):
     """A short hash of the code that functions or classes depend on: of their modules and all of nskd that these import.
@@ -68,20 +81,32 @@ def code_key(*objects):
     """
     return content_key(sorted({part for o in objects for part in _code_of(o)}))
 
+
 def _code_of(obj):
-    if obj.__module__.startswith("nskd."): return [_module_code(m)[0] for m in import_closure(obj.__module__)]
+    if obj.__module__.startswith("nskd."):
+        return [_module_code(m)[0] for m in import_closure(obj.__module__)]
     namespace = sys.modules[obj.__module__].__dict__ if obj.__module__ in sys.modules else {}
     near = {getattr(v, "__module__", None) or "" for v in namespace.values()}
     own = getattr(obj, "__code__", None)
-    return [content_key(own.co_code.hex(), [repr(c) for c in own.co_consts if not hasattr(c, "co_code")]) if own else obj.__qualname__,
-            *(_module_code(m)[0] for m in import_closure(*(n for n in near if n.startswith("nskd.") and _is_module(n))))]
+    return [
+        content_key(own.co_code.hex(), [repr(c) for c in own.co_consts if not hasattr(c, "co_code")])
+        if own
+        else obj.__qualname__,
+        *(_module_code(m)[0] for m in import_closure(*(n for n in near if n.startswith("nskd.") and _is_module(n)))),
+    ]
+
 
 def syntax(source):
     "What a source does: its syntax tree as text, without docstrings and comments."
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             node.body = body[1:] or [ast.Pass()]
     return ast.dump(tree)
 

@@ -16,36 +16,86 @@ import seaborn as sns
 # %% ../../nbs/engine/11_style.ipynb #5dcde49f
 COLOURS = {
     # methods
-    "gaussian_rs": "#999999", "ddg": "#E69F00", "gaussian_cs": "#56B4E9", "normshift": "#0072B2",
+    "gaussian_rs": "#999999",
+    "ddg": "#E69F00",
+    "gaussian_cs": "#56B4E9",
+    "normshift": "#0072B2",
     # norms of the teacher
-    "bn": "#009E73", "ln": "#CC79A7", "gn": "#D55E00",
+    "bn": "#009E73",
+    "ln": "#CC79A7",
+    "gn": "#D55E00",
     # BN modes in which a student is judged
-    "cs": "#0072B2", "rs": "#999999", "recal": "#F0E442",
+    "cs": "#0072B2",
+    "rs": "#999999",
+    "recal": "#F0E442",
     # kinds of input (Tol's muted palette: the eight colours above are taken)
-    "train": "#332288", "test": "#44AA99", "noise": "#CC6677",
+    "train": "#332288",
+    "test": "#44AA99",
+    "noise": "#CC6677",
     # weights of a network
-    "untrained": "#DDCC77", "trained": "#882255",
+    "untrained": "#DDCC77",
+    "trained": "#882255",
 }
-VERDICT_COLOURS = {"holds": "#009E73", "mixed": "#E69F00", "inconclusive": "#777777", "fails": "#D55E00", "not tested": "#BBBBBB"}
-NAMES = {"gaussian_rs": "Gaussian + RS", "ddg": "DDG", "gaussian_cs": "Gaussian + CS", "normshift": "NormShift-KD",
-         "bn": "BN teacher", "ln": "LN teacher", "gn": "GN teacher", "wrn28": "WRN-28", "wrn16": "WRN-16", "wrn40": "WRN-40",
-         "r34": "R34", "r18": "R18", "mv2": "MV2", "convnext_small": "ConvNeXt-S", "vit_tiny": "ViT-T",
-         "cs": "CS mode", "rs": "RS mode", "train": "training images", "test": "test images", "noise": "Gaussian noise"}
+VERDICT_COLOURS = {
+    "holds": "#009E73",
+    "mixed": "#E69F00",
+    "inconclusive": "#777777",
+    "fails": "#D55E00",
+    "not tested": "#BBBBBB",
+}
+NAMES = {
+    "gaussian_rs": "Gaussian + RS",
+    "ddg": "DDG",
+    "gaussian_cs": "Gaussian + CS",
+    "normshift": "NormShift-KD",
+    "bn": "BN teacher",
+    "ln": "LN teacher",
+    "gn": "GN teacher",
+    "wrn28": "WRN-28",
+    "wrn16": "WRN-16",
+    "wrn40": "WRN-40",
+    "r34": "R34",
+    "r18": "R18",
+    "mv2": "MV2",
+    "convnext_small": "ConvNeXt-S",
+    "vit_tiny": "ViT-T",
+    "cs": "CS mode",
+    "rs": "RS mode",
+    "train": "training images",
+    "test": "test images",
+    "noise": "Gaussian noise",
+}
+
 
 def label(key):
     "How `key` (a method, norm, mode, network, kind of input) is written in tables and pictures; unknown ones as they are."
     return NAMES.get(key, key)
 
+
 def use_style():
     "Set the repository's matplotlib style: white, thin grid, text that is readable at README size."
-    sns.set_theme(context="paper", style="whitegrid", font_scale=1.05, rc={
-        "figure.dpi": 110, "savefig.dpi": 160, "axes.spines.top": False, "axes.spines.right": False, "grid.linewidth": 0.5,
-        "legend.frameon": False, "axes.titlesize": "medium", "figure.constrained_layout.use": True})
+    sns.set_theme(
+        context="paper",
+        style="whitegrid",
+        font_scale=1.05,
+        rc={
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "grid.linewidth": 0.5,
+            "legend.frameon": False,
+            "axes.titlesize": "medium",
+            "figure.constrained_layout.use": True,
+        },
+    )
+
 
 def save_figure(fig, path):
     "Write a figure as PNG, whole or not at all, and return its path."
     from io import BytesIO
     from nskd.engine.files import write_bytes
+
     buffer = BytesIO()
     fig.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
     write_bytes(path, buffer.getvalue())
@@ -58,15 +108,18 @@ def seed_line(ax, records, x, y="cs", colour="black", name=None, **line):
     ax.plot(mean.index, mean, color=colour, label=name, **{"marker": "o", "markersize": 4, "linewidth": 1.4, **line})
     ax.plot(records[x], records[y], linestyle="", marker=".", markersize=3, color=colour, alpha=0.45)
 
+
 def level(ax, values, colour="black", name=None, **line):
     "Draw the mean of `values` as a horizontal line, with their range as a band."
     ax.axhline(np.mean(values), color=colour, label=name, **{"linewidth": 1.2, **line})
     ax.axhspan(min(values), max(values), color=colour, alpha=0.12, linewidth=0)
 
+
 def panels(n, width=2.9, height=2.8, **kw):
     use_style()
     fig, axes = plt.subplots(1, n, figsize=(width * n + 0.3, height), squeeze=False, **kw)
     return fig, axes[0]
+
 
 ACCURACY = "student accuracy, CS mode (%)"
 
@@ -77,10 +130,12 @@ def plot_effects(effects, names, unit="points"):
     fig, ax = plt.subplots(figsize=(5.6, 0.26 * len(effects) + 0.7))
     for i, e in enumerate(effects.itertuples()):
         colour = COLOURS["normshift"] if len(e.factors) == 1 else "0.45"
-        ax.plot([e.low, e.high], [i, i], color=colour, linewidth=2, solid_capstyle="butt"); ax.plot(e.mean, i, marker="o", color=colour, markersize=5)
+        ax.plot([e.low, e.high], [i, i], color=colour, linewidth=2, solid_capstyle="butt")
+        ax.plot(e.mean, i, marker="o", color=colour, markersize=5)
         ax.plot(e.values, [i] * len(e.values), linestyle="", marker=".", markersize=3, color="black", alpha=0.5)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(effects)), [" × ".join(names.get(f, f) for f in fs) for fs in effects.factors])
-    ax.set_ylim(len(effects) - 0.5, -0.5)                          # the first on top, and whole markers
-    ax.set_xlabel(f"effect on student accuracy ({unit})"); ax.grid(axis="y", visible=False)
+    ax.set_ylim(len(effects) - 0.5, -0.5)  # the first on top, and whole markers
+    ax.set_xlabel(f"effect on student accuracy ({unit})")
+    ax.grid(axis="y", visible=False)
     return fig

@@ -16,19 +16,22 @@ def _import_torchvision():
     try:
         import torchvision
     except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error): raise
-        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]: del sys.modules[name]
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
         schemas = torch.library.Library("torchvision", "FRAGMENT")
         for op in ("nms", "qnms"):
             schemas.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
-        torchvision._nskd_schemas = schemas      # collected, it would take the declarations back
+
+        torchvision._nskd_schemas = schemas  # collected, it would take the declarations back
     return torchvision
 
 # %% ../../nbs/engine/02_vision.ipynb #a81c2fa6
 torchvision = _import_torchvision()
-has_operators = hasattr(torch.ops.torchvision, "roi_align")     # declared by the compiled file alone
+has_operators = hasattr(torch.ops.torchvision, "roi_align")  # declared by the compiled file alone
 
 # %% ../../nbs/engine/02_vision.ipynb #c14db264
-import torchvision.models.feature_extraction
+import torchvision.models.feature_extraction  # noqa: F811
 import torchvision.transforms.v2

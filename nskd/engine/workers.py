@@ -22,16 +22,21 @@ def _init_worker(threads):
     torch.set_num_threads(threads)
     Thread(target=_end_with_parent, daemon=True).start()
 
+
 def _end_with_parent():
     "A notebook that is killed can't tell its workers, and they would wait for ever."
     connection.wait([parent_process().sentinel])
     os._exit(1)
 
+
 def pick_workers(workers, device, n):
     "How many processes for `n` cells: as asked, else one a core on a CPU and one in all on a GPU."
-    if workers != "auto": return max(1, min(workers, n))
-    if pick_device(device).type == "cuda" or "IN_TEST" in os.environ: return 1
+    if workers != "auto":
+        return max(1, min(workers, n))
+    if pick_device(device).type == "cuda" or "IN_TEST" in os.environ:
+        return 1
     return max(1, min(n, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+
 
 def run_parallel(function, items, workers, desc="cells"):
     """`[function(item) for item in items]` in `workers` processes, with a progress bar; results in the order of `items`.
@@ -43,40 +48,56 @@ def run_parallel(function, items, workers, desc="cells"):
     with tqdm(total=len(items), desc=desc, mininterval=0.5, smoothing=0) as bar:
         if workers == 1:
             with threads(1):
-                for i, item in enumerate(items): results[i] = function(item); bar.update()
+                for i, item in enumerate(items):
+                    results[i] = function(item)
+                    bar.update()
             return [results[i] for i in range(len(items))]
         # spawn: a forked child would inherit locked OpenMP state
-        with (environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"),
-              ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(1,)) as pool):
+        with (
+            environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"),
+            ProcessPoolExecutor(
+                workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(1,)
+            ) as pool,
+        ):
             futures = {pool.submit(function, item): i for i, item in enumerate(items)}
             try:
                 for future in as_completed(futures):
-                    try: results[futures[future]] = future.result()
-                    except Exception as e: error = error or e
+                    try:
+                        results[futures[future]] = future.result()
+                    except Exception as e:
+                        error = error or e
                     bar.update()
-            except BaseException:                                # Ctrl-C, a stopped notebook: don't start the rest
+            except BaseException:  # Ctrl-C, a stopped notebook: don't start the rest
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    if error: raise error
+    if error:
+        raise error
     return [results[i] for i in range(len(items))]
 
 # %% ../../nbs/engine/08_workers.ipynb #4d5e6afa
 def _in_time(job):
     "`function(item)` with the seconds that are left, or in words how far it got."
     function, item, budget = job
-    try: return function(item, budget_seconds=budget.left())
-    except Unfinished as e: return str(e)
+    try:
+        return function(item, budget_seconds=budget.left())
+    except Unfinished as e:
+        return str(e)
+
 
 def run_within(budget, function, items, workers="auto", device="auto", desc="cells"):
     """`function(item, budget_seconds=…)` for all items, side by side, each with what is then left of the `Budget`.
 
     A list in the order of `items`: results, and in words how far it got for each that was `nskd.engine.runs.Unfinished`.
     """
-    budget.left()                                                 # the clock starts here, for all processes
-    return run_parallel(_in_time, [(function, i, budget) for i in items], pick_workers(workers, device, len(items)), desc=desc)
+    budget.left()  # the clock starts here, for all processes
+    return run_parallel(
+        _in_time, [(function, i, budget) for i in items], pick_workers(workers, device, len(items)), desc=desc
+    )
+
 
 def note_unfinished(budget, found):
     "Put the names among (name, result or how far it got) that are not finished into `budget.lacks`, and print them."
     lacks = [f"{name} ({far})" for name, far in found if isinstance(far, str)]
-    if lacks: print(f"unfinished: {len(lacks)} of {len(found)}, which the next run goes on with: {'; '.join(lacks)}")
+    if lacks:
+        print(f"unfinished: {len(lacks)} of {len(found)}, which the next run goes on with: {'; '.join(lacks)}")
     budget.lacks += [name for name in lacks if name not in budget.lacks]

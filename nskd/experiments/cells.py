@@ -36,22 +36,37 @@ REAL = {"real": dict(sampler="images", teacher_mode="rs", k=1)}
 # students that the paper pairs with each teacher (Table 2)
 STUDENTS = {"r34": ("r18", "mv2"), "wrn28": ("wrn16", "r18")}
 # widths at which the paper's families train in seconds on 8×8 images
-NARROW = {"wrn28": 1, "wrn16": 1, "wrn40": 1, "r18": 16, "r34": 16, "mv2": 0.25,
-          "convnext_small": 1 / 12, "vit_tiny": 1 / 8, "vit_small": 1 / 8, "swin_tiny": 1 / 4}
+NARROW = {
+    "wrn28": 1,
+    "wrn16": 1,
+    "wrn40": 1,
+    "r18": 16,
+    "r34": 16,
+    "mv2": 0.25,
+    "convnext_small": 1 / 12,
+    "vit_tiny": 1 / 8,
+    "vit_small": 1 / 8,
+    "swin_tiny": 1 / 4,
+}
 
 # %% ../../nbs/experiments/01_cells.ipynb #82b3f3c6
 class TeacherCell(Config):
     "One teacher: what `cell_teacher` trains, or finds."
+
     teacher: str
     norm: str
     seed: int
     dataset: str = "digits"
-    fraction: float = Field(1.0, ge=0, le=1)   # of its BatchNorms that `norm` replaces, from the output
+    fraction: float = Field(1.0, ge=0, le=1)  # of its BatchNorms that `norm` replaces, from the output
     teacher_width: Optional[float] = None
     teacher_epochs: Optional[int] = None
-    options: dict[str, Any] = {}               # of DistillConfig; a teacher needs the device alone
+    options: dict[str, Any] = {}  # of DistillConfig; a teacher needs the device alone
 
-    def teachers_work(self): return self.model_dump_json(include={"teacher", "norm", "seed", "dataset", "fraction", "teacher_width", "teacher_epochs"})
+    def teachers_work(self):
+        return self.model_dump_json(
+            include={"teacher", "norm", "seed", "dataset", "fraction", "teacher_width", "teacher_epochs"}
+        )
+
 
 class Cell(TeacherCell):
     """One cell of a table: what is distilled from what, and how; `distil_cell` runs it.
@@ -61,6 +76,7 @@ class Cell(TeacherCell):
     `real_images`: of the training images, how many the method "real" may use (None: all); equally many a class as far as
     possible, chosen by the seed.
     """
+
     student: str
     method: str
     student_width: Optional[float] = None
@@ -70,7 +86,8 @@ class Cell(TeacherCell):
     real_images: Optional[int] = Field(None, ge=1)
 
     @property
-    def is_variant(self): return bool(self.student_norm or self.student_dropout)
+    def is_variant(self):
+        return bool(self.student_norm or self.student_dropout)
 
     def config(self):
         "The `DistillConfig` of this cell."
@@ -78,9 +95,18 @@ class Cell(TeacherCell):
         extra = {"pool_size": self.ddg_pool} if self.method == "ddg" else {}
         mode = method["teacher_mode"]
         # without BatchNorm, current and running statistics are one computation: one run serves both rows
-        if mode == "cs" and self.norm != "bn" and self.fraction == 1: mode = "rs"
-        return DistillConfig(**{"checkpoint_every": self.options.get("eval_every", 100), **self.options, **method, **extra,
-                                "teacher_mode": mode, "seed": self.seed})
+        if mode == "cs" and self.norm != "bn" and self.fraction == 1:
+            mode = "rs"
+        return DistillConfig(
+            **{
+                "checkpoint_every": self.options.get("eval_every", 100),
+                **self.options,
+                **method,
+                **extra,
+                "teacher_mode": mode,
+                "seed": self.seed,
+            }
+        )
 
     def work(self):
         "What has to be computed, as a key: cells with equal work share one run."
@@ -90,11 +116,23 @@ class Cell(TeacherCell):
 def cell_teacher(cell, ds, budget_seconds=None):
     "The teacher of `cell`, trained or from the cache; `budget_seconds` as in `train_teacher`."
     recipe = teacher_recipe(ds, cell.teacher)
-    if cell.teacher_epochs: recipe = recipe.replace(epochs=cell.teacher_epochs)
+    if cell.teacher_epochs:
+        recipe = recipe.replace(epochs=cell.teacher_epochs)
     # a network without a single replacement is the BatchNorm one
     norm, fraction = ("bn", 1.0) if cell.fraction == 0 else (cell.norm, cell.fraction)
-    return train_teacher(cell.teacher, ds, norm=norm, width=cell.teacher_width, seed=cell.seed, recipe=recipe, fraction=fraction,
-                         device=cell.options.get("device", "auto"), progress=False, budget_seconds=budget_seconds)
+    return train_teacher(
+        cell.teacher,
+        ds,
+        norm=norm,
+        width=cell.teacher_width,
+        seed=cell.seed,
+        recipe=recipe,
+        fraction=fraction,
+        device=cell.options.get("device", "auto"),
+        progress=False,
+        budget_seconds=budget_seconds,
+    )
+
 
 def distil_cell(cell, progress=False, budget_seconds=None):
     """Run one cell, or find it in the cache; a flat record of its accuracies in percent and of where it lies.
@@ -108,39 +146,79 @@ def distil_cell(cell, progress=False, budget_seconds=None):
     student, model = new_student(cell, ds)
     draw = cell_sampler(cell, ds)
     recal = next(ds.batches("train", min(1000, len(ds.train_labels)), generator=torch.Generator().manual_seed(0)))[0]
-    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "student": model, "noise": repr(draw), "distill": _what_counts(cfg, teacher, device, ds.shape),
-              "recal_n": len(recal), "device": device.type, "threads": torch.get_num_threads()}
+    config = {
+        "teacher": teacher.record["key"],
+        "data": ds.fingerprint,
+        "student": model,
+        "noise": repr(draw),
+        "distill": _what_counts(cfg, teacher, device, ds.shape),
+        "recal_n": len(recal),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
 
     def make(directory):
         budget = left()
-        if budget is not None and budget <= 0: raise Unfinished("begun" if (directory / "run").exists() else "not begun")
+        if budget is not None and budget <= 0:
+            raise Unfinished("begun" if (directory / "run").exists() else "not begun")
         limited = cfg if budget is None else cfg.replace(budget_seconds=budget)
-        result = distill(teacher, student, limited, directory / "run", (ds.test_images, ds.test_labels), sampler=draw, recal_images=recal, progress=progress)
-        if result.state == "unfinished": raise Unfinished(f"at step {result.step:,} of {cfg.steps:,}")
-        return {**result.summary(), "loss": result.history.loss.iloc[-1], "recal_n": len(recal),
-                "balance": result.history.filter(like="balance_").iloc[-1].to_dict()}
+        result = distill(
+            teacher,
+            student,
+            limited,
+            directory / "run",
+            (ds.test_images, ds.test_labels),
+            sampler=draw,
+            recal_images=recal,
+            progress=progress,
+        )
+        if result.state == "unfinished":
+            raise Unfinished(f"at step {result.step:,} of {cfg.steps:,}")
+        return {
+            **result.summary(),
+            "loss": result.history.loss.iloc[-1],
+            "recal_n": len(recal),
+            "balance": result.history.filter(like="balance_").iloc[-1].to_dict(),
+        }
 
     label = f"{cell.teacher}-{cell.norm}-{cell.student}-{cell.method}-{ds.name}-{cell.seed}"
-    return flat_record(cell, teacher.record, cached("distil", config, make, label=label, files=["run/student.safetensors"], device=device))
+    return flat_record(
+        cell,
+        teacher.record,
+        cached("distil", config, make, label=label, files=["run/student.safetensors"], device=device),
+    )
+
 
 def cell_sampler(cell, ds):
     "What the student of `cell` is shown: noise, or real images with the augmentation that teachers are trained with."
     name = cell.config().sampler
-    if name != "images": return create_sampler(name, ds.shape, **(dict(mean=ds.mean, std=ds.std) if name == "ddg" else {}))
+    if name != "images":
+        return create_sampler(name, ds.shape, **(dict(mean=ds.mean, std=ds.std) if name == "ddg" else {}))
     recipe, labels = teacher_recipe(ds), ds.train_labels
     n, g = min(cell.real_images or len(labels), len(labels)), torch.Generator().manual_seed(cell.seed)
     chosen = rejection_sample(labels, n, ds.num_classes, generator=g)
     return image_sampler(ds.train_images[chosen], lambda x, g: augment(x, recipe.shift, recipe.flip, g))
 
+
 def new_student(cell, ds):
     "The untrained student of `cell`, and the JSON-like recipe that it was built by."
-    model = dict(name=cell.student, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, width=cell.student_width,
-                 seed=1_000_000 + cell.seed)                                 # not the teacher's stream of random numbers
+    model = dict(
+        name=cell.student,
+        num_classes=ds.num_classes,
+        in_channels=ds.channels,
+        image_size=ds.image_size,
+        width=cell.student_width,
+        seed=1_000_000 + cell.seed,
+    )  # not the teacher's stream of random numbers
     student = create_model(**model, norm=cell.student_norm if cell.student_norm in ("ln", "gn") else None)
-    if cell.student_norm == "bn": layer_to_batch_norm(student)
-    if cell.student_norm == "aligned": align_batch(student, 1.0)
-    if cell.student_dropout: set_dropout(student, cell.student_dropout)
+    if cell.student_norm == "bn":
+        layer_to_batch_norm(student)
+    if cell.student_norm == "aligned":
+        align_batch(student, 1.0)
+    if cell.student_dropout:
+        set_dropout(student, cell.student_dropout)
     return student, model | (dict(norm=cell.student_norm, dropout=cell.student_dropout) if cell.is_variant else {})
+
 
 def cell_student(cell, ds, directory):
     "The trained student of `cell`, from the `directory` of its record."
@@ -152,14 +230,31 @@ def cell_student(cell, ds, directory):
 def _what_counts(cfg, teacher, device, shape):
     "The fields of `cfg` that have a part in the result, resolved."
     used = cfg.model_dump(exclude={*NOT_IDENTITY, "device"})
-    if resolve_teacher_mode(teacher, cfg.teacher_mode) != "aligned": used.pop("alpha")
-    return {**used, "precision": pick_student_precision(cfg.precision, device, shape), "teacher_precision": pick_teacher_precision(cfg.precision, device)}
+    if resolve_teacher_mode(teacher, cfg.teacher_mode) != "aligned":
+        used.pop("alpha")
+    return {
+        **used,
+        "precision": pick_student_precision(cfg.precision, device, shape),
+        "teacher_precision": pick_teacher_precision(cfg.precision, device),
+    }
+
 
 def flat_record(cell, teacher, record):
     "One row of a table's records."
     best = record["best"]
-    return {**{k: getattr(cell, k) for k in ("teacher", "norm", "student", "method", "seed")}, "teacher_accuracy": teacher["accuracy"]["rs"],
-            **record["accuracy"], **{f"best_{m}": a for m, a in best["accuracy"].items()}, "best_step": best["step"],
-            "loss": record["loss"], **{f"balance_{k.removeprefix('balance_')}": v for k, v in record["balance"].items()},
-            "alpha_used": record["alpha"], "recal_n": record["recal_n"], "seconds": record["seconds"], "steps": record["steps"], "data_free": record["ledger"]["data_free"],
-            "directory": record["directory"], "cached": record["cached"]}
+    return {
+        **{k: getattr(cell, k) for k in ("teacher", "norm", "student", "method", "seed")},
+        "teacher_accuracy": teacher["accuracy"]["rs"],
+        **record["accuracy"],
+        **{f"best_{m}": a for m, a in best["accuracy"].items()},
+        "best_step": best["step"],
+        "loss": record["loss"],
+        **{f"balance_{k.removeprefix('balance_')}": v for k, v in record["balance"].items()},
+        "alpha_used": record["alpha"],
+        "recal_n": record["recal_n"],
+        "seconds": record["seconds"],
+        "steps": record["steps"],
+        "data_free": record["ledger"]["data_free"],
+        "directory": record["directory"],
+        "cached": record["cached"],
+    }

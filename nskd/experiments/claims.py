@@ -33,6 +33,7 @@ from ..models import list_models
 # %% ../../nbs/experiments/08_claims.ipynb #7015f227
 class LedgerParameters(Config):
     "Parameters of the ledger; the notebook's own comments say what each is."
+
     tiers: Names = ["digits"]
     source: Literal["published", "fresh"] = "published"
     absent: Names = []
@@ -43,13 +44,16 @@ class LedgerParameters(Config):
     batch_size: int = Field(256, ge=4)
     device: Annotated[str, BeforeValidator(check_device)] = "auto"
 
-    def seed_list(self): return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+    def seed_list(self):
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
-    def teacher_width(self): return NARROW.get(self.teacher) if self.width == "narrow" else None
+    def teacher_width(self):
+        return NARROW.get(self.teacher) if self.width == "narrow" else None
 
 # %% ../../nbs/experiments/08_claims.ipynb #548dac50
 class Entry(NamedTuple):
     "A claim of the paper: `number`, `statement` in our words, `place` in the paper, references of its `checks`, or the `reason` for having none."
+
     number: int
     topic: str
     statement: str
@@ -57,32 +61,42 @@ class Entry(NamedTuple):
     checks: tuple
     reason: str = ""
 
+
 def read_entries(topics):
     """The entries of a literal table {topic: [(number, statement, place, "reference reference …"[, reason])]}.
 
     ValueError when a number comes twice, or an entry has neither checks nor a reason.
     """
-    entries = [Entry(row[0], topic, row[1], row[2], tuple(row[3].split()), *row[4:]) for topic, rows in topics.items() for row in rows]
+    entries = [
+        Entry(row[0], topic, row[1], row[2], tuple(row[3].split()), *row[4:])
+        for topic, rows in topics.items()
+        for row in rows
+    ]
     for n in {e.number for e in entries}:
-        if (times := sum(e.number == n for e in entries)) > 1: raise ValueError(f"claim {n} is in the list {times} times")
+        if (times := sum(e.number == n for e in entries)) > 1:
+            raise ValueError(f"claim {n} is in the list {times} times")
     for e in entries:
-        if bool(e.checks) == bool(e.reason): raise ValueError(f"claim {e.number} needs either checks or a reason for having none")
+        if bool(e.checks) == bool(e.reason):
+            raise ValueError(f"claim {e.number} needs either checks or a reason for having none")
     return entries
 
 # %% ../../nbs/experiments/08_claims.ipynb #11a2e734
 class Run(NamedTuple):
     "The checks of a finished run (dicts as `nskd.experiments.statistics.claim` makes them), and where they come from."
-    name: str          # as in references: without the data set that `write_results` adds
+
+    name: str  # as in references: without the data set that `write_results` adds
     tier: str
     directory: Path
     checks: list
-    seeds: int         # None where nothing is random
+    seeds: int  # None where nothing is random
     commit: str
-    link: str          # from the repository's root
+    link: str  # from the repository's root
+
 
 def published_dir():
     "outputs/published of the repository that this library lies in."
     return repo_root(Path(nskd.__file__).parent) / "outputs/published"
+
 
 def read_runs(tiers, source="published"):
     """The finished runs of `tiers`, sorted by name: published ones, or (`source="fresh"`) those in `outputs/`.
@@ -91,25 +105,37 @@ def read_runs(tiers, source="published"):
     """
     if source == "published":
         known = sorted(f.name for f in published_dir().glob("*") if f.is_dir())
-        for t in tiers: one_of(t, known, "a published tier")
+        for t in tiers:
+            one_of(t, known, "a published tier")
         runs = [_read_run(f.parent, t) for t in tiers for f in sorted((published_dir() / t).glob("*/claims.json"))]
-    else:       # published/claims.json is a ledger, not a run
+    else:  # published/claims.json is a ledger, not a run
         folders = [f.parent for f in sorted(outputs_dir().glob("*/claims.json")) if f.parent.name != "published"]
         runs = [r for f in folders if (r := _read_run(f)).tier in tiers]
     runs = [r for r in runs if r.name != "claims"]
-    if not runs: raise ValueError(f"there are no {source} runs of {', '.join(tiers)} in {outputs_dir() if source == 'fresh' else published_dir()} yet: run some notebooks first")
+    if not runs:
+        raise ValueError(
+            f"there are no {source} runs of {', '.join(tiers)} in {outputs_dir() if source == 'fresh' else published_dir()} yet: run some notebooks first"
+        )
     return runs
+
 
 def _read_run(directory, tier=None):
     for f in ("claims.json", "results.json"):
-        if not (directory / f).exists(): raise ValueError(f"{directory} has no {f}: run its notebook again")
+        if not (directory / f).exists():
+            raise ValueError(f"{directory} has no {f}: run its notebook again")
     checks, results = read_json(directory / "claims.json"), read_json(directory / "results.json")
-    try: return _run_of(directory, tier, checks, results)
-    except (TypeError, LookupError, AttributeError) as e: raise ValueError(f"{directory} holds claims or results that are no notebook's ({type(e).__name__}: {first_line(e)}): run its notebook again") from e
+    try:
+        return _run_of(directory, tier, checks, results)
+    except (TypeError, LookupError, AttributeError) as e:
+        raise ValueError(
+            f"{directory} holds claims or results that are no notebook's ({type(e).__name__}: {first_line(e)}): run its notebook again"
+        ) from e
+
 
 def _run_of(directory, tier, checks, results):
     ids = [c["id"] for c in checks]
-    if twice := sorted({i for i in ids if ids.count(i) > 1}): raise ValueError(f"{directory}/claims.json has {twice[0]!a} twice")
+    if twice := sorted({i for i in ids if ids.count(i) > 1}):
+        raise ValueError(f"{directory}/claims.json has {twice[0]!a} twice")
     p = results["parameters"]
     seeds, dataset = p.get("seeds", 1), p.get("dataset") or p.get("datasets", ["digits"])[0]
     dataset = re.sub("[^A-Za-z0-9]+", "-", os.path.basename(dataset)).strip("-")
@@ -117,13 +143,22 @@ def _run_of(directory, tier, checks, results):
     where = directory.relative_to(published_dir().parents[1]) if tier else Path("outputs") / directory.name
     executed = directory / "executed.ipynb" if tier else directory.parent / f"{directory.name}.ipynb"
     link = where if not executed.exists() else where / executed.name if tier else where.parent / executed.name
-    return Run(directory.name.removesuffix(f"-{dataset}"), tier or ("digits" if dataset.startswith("digits") else dataset), directory, checks,
-               seeds if isinstance(seeds, int) else len(seeds), _commit(results["provenance"]), link.as_posix())
+    return Run(
+        directory.name.removesuffix(f"-{dataset}"),
+        tier or ("digits" if dataset.startswith("digits") else dataset),
+        directory,
+        checks,
+        seeds if isinstance(seeds, int) else len(seeds),
+        _commit(results["provenance"]),
+        link.as_posix(),
+    )
+
 
 def checks_run(checks, tier, p):
     "The run of the ledger's own notebook, with `LedgerParameters` p: its `checks`, of this moment's commit."
     link = f"outputs/published/{tier}/claims/executed.ipynb" if p.source == "published" else "outputs/claims.ipynb"
     return Run("claims", tier, outputs_dir() / "claims", checks, None, _commit(provenance()), link)
+
 
 def _commit(made):
     return "none" if not made.get("commit") else made["commit"][:7] + ("+" if made.get("uncommitted_changes") else "")
@@ -132,9 +167,12 @@ def _commit(made):
 def combine(verdicts):
     "The verdict of a claim from those of its checks: holds, fails, inconclusive, mixed, or not tested."
     found = set(verdicts)
-    if not found: return "not tested"
-    if {"holds", "fails"} <= found: return "mixed"
-    if "fails" in found: return "fails"
+    if not found:
+        return "not tested"
+    if {"holds", "fails"} <= found:
+        return "mixed"
+    if "fails" in found:
+        return "fails"
     return "inconclusive" if "inconclusive" in found else "holds"
 
 # %% ../../nbs/experiments/08_claims.ipynb #052155e1
@@ -148,67 +186,125 @@ def build_ledger(entries, runs, ours=(), absent=()):
     ledger, own, tiers = [], [], list(dict.fromkeys(r.tier for r in runs))
     for tier in tiers:
         here, used = [r for r in runs if r.tier == tier], set()
+
         def find(reference, what):
             found = [(r, c) for r in here for c in r.checks if _refers(reference, r, c)]
-            if not found: _allow_missing(reference, what, here, absent)
+            if not found:
+                _allow_missing(reference, what, here, absent)
             used.update((r.name, c["id"]) for r, c in found)
             return found
+
         for e in entries:
             by_reference = {ref: find(ref, f"claim {e.number}") for ref in e.checks}
             found = list({(r.name, c["id"]): (r, c) for pairs in by_reference.values() for r, c in pairs}.values())
             ledger.append(_line(e, tier, found, [ref for ref, pairs in by_reference.items() if not pairs]))
-        for reference in ours: own += [_line(Entry(0, "ours", c["statement"], c["source"], ()), tier, [(r, c)]) for r, c in find(reference, "the list of ours")]
+        for reference in ours:
+            own += [
+                _line(Entry(0, "ours", c["statement"], c["source"], ()), tier, [(r, c)])
+                for r, c in find(reference, "the list of ours")
+            ]
         left = [f"{r.name}/{c['id']}" for r in here for c in r.checks if (r.name, c["id"]) not in used]
-        if left and "all" not in absent: raise ValueError(f"the ledger says nothing about {', '.join(left)}: name it in an entry, or among ours")
+        if left and "all" not in absent:
+            raise ValueError(f"the ledger says nothing about {', '.join(left)}: name it in an entry, or among ours")
     return ledger, own
+
 
 def _refers(reference, run, check):
     run_pattern, _, id_pattern = reference.rpartition("/")
     return fnmatchcase(check["id"], id_pattern) and fnmatchcase(run.name, run_pattern or "*")
 
+
 def _allow_missing(reference, what, runs, absent):
     "Nothing, where `reference` may lead nowhere, else a ValueError."
     run, _, id = reference.rpartition("/")
     notebook = id.split(".")[0]
-    present = [r for r in runs if (fnmatchcase(r.name, run) if run else any(c["id"].split(".")[0] == notebook for c in r.checks))]
-    if "all" in absent or (notebook in absent and not present): return
-    if not present: raise ValueError(f"{what} refers to {reference}, and there is no run of {run or notebook}: run it, or name {notebook} in absent")
+    present = [
+        r
+        for r in runs
+        if (fnmatchcase(r.name, run) if run else any(c["id"].split(".")[0] == notebook for c in r.checks))
+    ]
+    if "all" in absent or (notebook in absent and not present):
+        return
+    if not present:
+        raise ValueError(
+            f"{what} refers to {reference}, and there is no run of {run or notebook}: run it, or name {notebook} in absent"
+        )
     near = nearest(id, [c["id"] for r in present for c in r.checks])
     raise ValueError(f"{what} refers to {reference}, which no run holds" + (f", did you mean {near}?" if near else ""))
 
+
 def _line(entry, tier, found, missing=()):
     "One line of the ledger, JSON-like; `missing`: references without a run."
-    checks = [{"run": r.name, "id": c["id"], "verdict": c["verdict"], "statement": c["statement"], "evidence": _evidence(c)} for r, c in found]
+    checks = [
+        {"run": r.name, "id": c["id"], "verdict": c["verdict"], "statement": c["statement"], "evidence": _evidence(c)}
+        for r, c in found
+    ]
     verdict = combine(c["verdict"] for c in checks)
     runs = {r.name: r for r, _ in found}.values()
-    waiting = f"no run of {', '.join(dict.fromkeys(c.rpartition('/')[0] or c.split('.')[0] for c in missing))} yet" if missing else entry.reason
-    return {"number": entry.number, "topic": entry.topic, "statement": entry.statement, "place": entry.place, "tier": tier, "verdict": verdict,
-            "evidence": "; ".join(filter(None, (_decisive(checks) if checks else "", waiting))), "seeds": sorted({_seeds(r, c) for r, c in found} - {None}), "checks": checks,
-            "runs": [{"name": r.name, "commit": r.commit, "link": r.link} for r in runs]}
+    waiting = (
+        f"no run of {', '.join(dict.fromkeys(c.rpartition('/')[0] or c.split('.')[0] for c in missing))} yet"
+        if missing
+        else entry.reason
+    )
+    return {
+        "number": entry.number,
+        "topic": entry.topic,
+        "statement": entry.statement,
+        "place": entry.place,
+        "tier": tier,
+        "verdict": verdict,
+        "evidence": "; ".join(filter(None, (_decisive(checks) if checks else "", waiting))),
+        "seeds": sorted({_seeds(r, c) for r, c in found} - {None}),
+        "checks": checks,
+        "runs": [{"name": r.name, "commit": r.commit, "link": r.link} for r in runs],
+    }
 
-def _evidence(check): return claims_table([check])["mean [95 % interval]"].iloc[0]
+
+def _evidence(check):
+    return claims_table([check])["mean [95 % interval]"].iloc[0]
+
 
 def _decisive(checks):
     "The evidence of the check that decided, after the count where there are several."
     worst = next(c for v in ("fails", "inconclusive", "holds") for c in checks if c["verdict"] == v)
-    return worst["evidence"] if len(checks) == 1 else f"{sum(c['verdict'] == 'holds' for c in checks)} of {len(checks)} checks hold; {worst['id'].split('.', 1)[1]}: {worst['evidence']}"
+    return (
+        worst["evidence"]
+        if len(checks) == 1
+        else f"{sum(c['verdict'] == 'holds' for c in checks)} of {len(checks)} checks hold; {worst['id'].split('.', 1)[1]}: {worst['evidence']}"
+    )
 
-def _seeds(run, check): return check["evidence"].get("n", run.seeds)
+
+def _seeds(run, check):
+    return check["evidence"].get("n", run.seeds)
 
 # %% ../../nbs/experiments/08_claims.ipynb #0f40cb4d
 ORDER = ("holds", "mixed", "inconclusive", "fails", "not tested")
+
 
 def count_verdicts(ledger):
     "How many claims have which verdict: a dict in the order of `ORDER`, without zeros."
     return {v: n for v in ORDER if (n := sum(line["verdict"] == v for line in ledger))}
 
+
 def ledger_table(ledger):
     "The ledger as a DataFrame to look at, one row a claim (and tier, where there are several)."
     columns = ["no.", "claim", "in the paper", "tier", "verdict", "evidence", "seeds", "run"]
-    rows = [(line["number"], line["statement"], line["place"], line["tier"], line["verdict"], line["evidence"], "–".join(map(str, line["seeds"][:1] + line["seeds"][1:][-1:])),
-             ", ".join(f"{r['name']} ({r['commit']})" for r in line["runs"])) for line in ledger]
+    rows = [
+        (
+            line["number"],
+            line["statement"],
+            line["place"],
+            line["tier"],
+            line["verdict"],
+            line["evidence"],
+            "–".join(map(str, line["seeds"][:1] + line["seeds"][1:][-1:])),
+            ", ".join(f"{r['name']} ({r['commit']})" for r in line["runs"]),
+        )
+        for line in ledger
+    ]
     table = pd.DataFrame(rows, columns=columns)
     return table if table.tier.nunique() > 1 else table.drop(columns="tier")
+
 
 def markdown_ledger(ledger, up="../"):
     "The ledger as Markdown, a line a claim, its runs as links; `up`: from the page's folder to the repository's root."
@@ -218,11 +314,16 @@ def markdown_ledger(ledger, up="../"):
     rows = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
     return "\n".join(map(markdown_row, rows))
 
+
 def markdown_runs(runs, up="../"):
     "A list of runs as Markdown: the titles of their notebooks as links, seeds, minutes (less where networks were there already); `up` as above."
     root, lines = published_dir().parents[1], []
     for r in runs:
-        notebook = read_json(root / r.link) if r.link.endswith(".ipynb") else {"cells": [{"source": f"# {r.name}"}], "metadata": {}}
+        notebook = (
+            read_json(root / r.link)
+            if r.link.endswith(".ipynb")
+            else {"cells": [{"source": f"# {r.name}"}], "metadata": {}}
+        )
         title = "".join(notebook["cells"][0]["source"]).splitlines()[0].lstrip("# ")
         seconds = notebook["metadata"].get("papermill", {}).get("duration")
         took = f", {seconds / 60:.0f} min" if seconds and seconds >= 60 else f", {seconds:.0f} s" if seconds else ""
@@ -236,6 +337,7 @@ def write_ledger(ledger, own):
     write_json(path, {"counts": count_verdicts(ledger), "claims": ledger, "ours": own})
     return path
 
+
 def publish_ledger(tier, notebook=None):
     "Publish the run of the ledger as `publish` does, with the ledger as a page, ledger.md, and outputs/claims.json as outputs/published/claims.json."
     publish("claims", tier, notebook)
@@ -244,12 +346,15 @@ def publish_ledger(tier, notebook=None):
     write_bytes(published / tier / "claims/ledger.md", ledger_page(read_json(outputs_dir() / "claims.json")).encode())
     return sorted(p.name for p in (published / tier / "claims").iterdir())
 
+
 def ledger_page(found, up="../../../../"):
     "The whole ledger, as `write_ledger` writes it, as a page in Markdown; `up`: from the page's folder to the repository's root."
     counts = ", ".join(f"{v} {n}" for v, n in found["counts"].items())
     own = [{**line, "place": "ours", "number": "–"} for line in found["ours"]]
-    return (f"# Every claim\n\nMade from the records of the runs by [claims]({up}nbs/claims.ipynb); evidence is the mean over seeds with its 95 % interval, and the line that was claimed where it is not 0.\n\n"
-            f"## The papers' ({counts})\n\n{markdown_ledger(found['claims'], up)}\n\n## Ours\n\n{markdown_ledger(own, up)}\n")
+    return (
+        f"# Every claim\n\nMade from the records of the runs by [claims]({up}nbs/claims.ipynb); evidence is the mean over seeds with its 95 % interval, and the line that was claimed where it is not 0.\n\n"
+        f"## The papers' ({counts})\n\n{markdown_ledger(found['claims'], up)}\n\n## Ours\n\n{markdown_ledger(own, up)}\n"
+    )
 
 # %% ../../nbs/experiments/08_claims.ipynb #6b76f600
 def plot_verdicts(ledger):
@@ -262,12 +367,44 @@ def plot_verdicts(ledger):
     for y, t in enumerate(topics):
         for x, line in enumerate(rows[t]):
             v = line["verdict"]
-            ax.add_patch(plt.Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, edgecolor=VERDICT_COLOURS[v], facecolor="white" if v == "not tested" else VERDICT_COLOURS[v]))
-            ax.text(x + 0.5, y + 0.54, line["number"], ha="center", va="center", fontsize=7, color="#777777" if v == "not tested" else "black" if v == "mixed" else "white")
-    ax.set(xlim=(0, longest), ylim=(len(topics), 0), aspect="equal"); ax.grid(False)
-    ax.set_xticks([]); ax.set_yticks([y + 0.5 for y in range(len(topics))], topics)
-    ax.tick_params(length=0); sns.despine(ax=ax, left=True, bottom=True)
+            ax.add_patch(
+                plt.Rectangle(
+                    (x + 0.04, y + 0.04),
+                    0.92,
+                    0.92,
+                    edgecolor=VERDICT_COLOURS[v],
+                    facecolor="white" if v == "not tested" else VERDICT_COLOURS[v],
+                )
+            )
+            ax.text(
+                x + 0.5,
+                y + 0.54,
+                line["number"],
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="#777777" if v == "not tested" else "black" if v == "mixed" else "white",
+            )
+    ax.set(xlim=(0, longest), ylim=(len(topics), 0), aspect="equal")
+    ax.grid(False)
+    ax.set_xticks([])
+    ax.set_yticks([y + 0.5 for y in range(len(topics))], topics)
+    ax.tick_params(length=0)
+    sns.despine(ax=ax, left=True, bottom=True)
     count = {v: sum(line["verdict"] == v for line in ledger) for v in VERDICT_COLOURS}
-    handles = [plt.Rectangle((0, 0), 1, 1, edgecolor=c, facecolor="white" if v == "not tested" else c) for v, c in VERDICT_COLOURS.items() if count[v]]
-    fig.legend(handles, [f"{v} {n}" for v, n in count.items() if n], loc="outside lower center", ncols=len(handles), fontsize="small", handlelength=1, handleheight=1, columnspacing=1.2)
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, edgecolor=c, facecolor="white" if v == "not tested" else c)
+        for v, c in VERDICT_COLOURS.items()
+        if count[v]
+    ]
+    fig.legend(
+        handles,
+        [f"{v} {n}" for v, n in count.items() if n],
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize="small",
+        handlelength=1,
+        handleheight=1,
+        columnspacing=1.2,
+    )
     return fig

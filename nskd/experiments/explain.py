@@ -21,17 +21,26 @@ from ..engine.runs import git
 # %% ../../nbs/experiments/07_explain.ipynb #691ace7c
 class Explanation(list):
     "What is known about the runs behind a number: a list of dicts, mostly one, that shows itself as a table."
-    def __repr__(self): return "\n\n".join("\n".join(f"{k:11}  {_shown(v)}" for k, v in run.items()) for run in self)
+
+    def __repr__(self):
+        return "\n\n".join("\n".join(f"{k:11}  {_shown(v)}" for k, v in run.items()) for run in self)
 
     def _repr_html_(self):
         from html import escape
-        row = lambda k, v: f"<tr><th style='text-align: left; vertical-align: top'>{escape(k)}</th><td style='text-align: left'>{escape(_shown(v))}</td></tr>"
+
+        row = lambda k, v: (
+            f"<tr><th style='text-align: left; vertical-align: top'>{escape(k)}</th><td style='text-align: left'>{escape(_shown(v))}</td></tr>"
+        )
         return "".join(f"<table>{''.join(row(k, v) for k, v in run.items())}</table>" for run in self)
 
+
 def _shown(v):
-    if isinstance(v, dict): return ", ".join(f"{k} {_shown(x)}" for k, x in v.items())
-    if isinstance(v, (list, tuple)): return f"[{', '.join(map(_shown, v))}]"
+    if isinstance(v, dict):
+        return ", ".join(f"{k} {_shown(x)}" for k, x in v.items())
+    if isinstance(v, (list, tuple)):
+        return f"[{', '.join(map(_shown, v))}]"
     return str(v)
+
 
 def explain(what):
     """What is known about a result, and the command that makes it again: an `Explanation`.
@@ -43,16 +52,25 @@ def explain(what):
     what = str(what)
     path, *cell = what.split(":") if not Path(what).exists() else [what]
     if not Path(path).exists():
-        if "/" not in path and not cell and (found := _claimed(path)): return Explanation(found)
+        if "/" not in path and not cell and (found := _claimed(path)):
+            return Explanation(found)
         near = nearest(what, _claim_ids())
-        raise ValueError(f"there is no file and no claim {what!r}" + (f", did you mean {near!r}?" if near else ": give a file of a finished run, or the id of a claim"))
+        raise ValueError(
+            f"there is no file and no claim {what!r}"
+            + (f", did you mean {near!r}?" if near else ": give a file of a finished run, or the id of a claim")
+        )
     path = Path(path)
-    if path.name == "claims.json" and not (path.parent / "results.json").exists(): return Explanation(_ledger_claim(path, cell))
+    if path.name == "claims.json" and not (path.parent / "results.json").exists():
+        return Explanation(_ledger_claim(path, cell))
     folder = path if path.is_dir() else path.parent
-    if not (folder / "results.json").exists(): raise ValueError(f"{path} is no part of a finished run: its folder has no results.json")
-    if not cell: return Explanation([_explain_run(folder)])
-    if path.name != "records.csv": raise ValueError(f"{path} has no cells that can be asked for: ask for one of {folder / 'records.csv'}")
+    if not (folder / "results.json").exists():
+        raise ValueError(f"{path} is no part of a finished run: its folder has no results.json")
+    if not cell:
+        return Explanation([_explain_run(folder)])
+    if path.name != "records.csv":
+        raise ValueError(f"{path} has no cells that can be asked for: ask for one of {folder / 'records.csv'}")
     return Explanation([_explain_cell(folder, cell)])
+
 
 def _explain_run(folder, **more):
     "All that a run's folder says about it; `more` comes first."
@@ -61,123 +79,210 @@ def _explain_run(folder, **more):
         raise ValueError(f"{folder / 'results.json'} has no parameters and provenance: run its notebook again")
     made, p, records, notebook = results["provenance"], results["parameters"], _records(folder), _executed(folder)
     commit, times = _commit(made), _times(results, notebook)
-    return {"run": folder.name, **more, "commit": (commit or "none") + (", with uncommitted changes" if made.get("uncommitted_changes") else ""), "parameters": p,
-            "seeds": _seeds(p.get("seeds"), records), "versions": made.get("versions"), "device": f"{made.get('device')} ({made.get('machine')})", "threads": made.get("threads"),
-            "ledger": _data_free(records), "wall time": times, "finished": made.get("started"), "command": _command(folder, commit, p, notebook)}
+    return {
+        "run": folder.name,
+        **more,
+        "commit": (commit or "none") + (", with uncommitted changes" if made.get("uncommitted_changes") else ""),
+        "parameters": p,
+        "seeds": _seeds(p.get("seeds"), records),
+        "versions": made.get("versions"),
+        "device": f"{made.get('device')} ({made.get('machine')})",
+        "threads": made.get("threads"),
+        "ledger": _data_free(records),
+        "wall time": times,
+        "finished": made.get("started"),
+        "command": _command(folder, commit, p, notebook),
+    }
+
 
 def _commit(made):
     "The commit that a provenance names; git would take other words for options."
     commit = made.get("commit")
     return commit if isinstance(commit, str) and re.fullmatch("[0-9a-f]{7,64}", commit) else None
 
+
 def _seeds(seeds, records):
-    if isinstance(seeds, int): return list(range(min(seeds, 1000)))
+    if isinstance(seeds, int):
+        return list(range(min(seeds, 1000)))
     return seeds or sorted({r["seed"] for r in records if r.get("seed")}) or "none: nothing is drawn"
+
 
 def _times(results, notebook):
     "How long the notebook took, and all of its students, some of which may have been there before."
     took = notebook.get("metadata", {}).get("papermill", {}).get("duration")
     students = results.get("seconds_of_all_students")
-    told = [f"{float(took):.0f} s for the notebook" if isinstance(took, (int, float)) else "", f"{float(students):.0f} s for all students, whenever they were made" if isinstance(students, (int, float)) else ""]
+    told = [
+        f"{float(took):.0f} s for the notebook" if isinstance(took, (int, float)) else "",
+        f"{float(students):.0f} s for all students, whenever they were made"
+        if isinstance(students, (int, float))
+        else "",
+    ]
     return ", ".join(filter(None, told)) or "not recorded"
+
 
 def _data_free(records):
     "What the runs' ledgers add up to."
     said = [r["data_free"] for r in records if r.get("data_free")]
-    if not said: return "not recorded: no student was distilled"
+    if not said:
+        return "not recorded: no student was distilled"
     free = sum(s == "True" for s in said)
-    return f"{free} of {len(said)} students are data-free" + ("" if free == len(said) else "; the others' rows in records.csv say data_free False")
+    return f"{free} of {len(said)} students are data-free" + (
+        "" if free == len(said) else "; the others' rows in records.csv say data_free False"
+    )
+
 
 def _records(folder):
     try:
-        with open(folder / "records.csv", newline="", encoding="utf-8") as f: return list(csv.DictReader(f))
-    except (OSError, ValueError, csv.Error) as e: raise ValueError(f"{folder / 'records.csv'} can't be read ({first_line(e)}): run its notebook again") from e
+        with open(folder / "records.csv", newline="", encoding="utf-8") as f:
+            return list(csv.DictReader(f))
+    except (OSError, ValueError, csv.Error) as e:
+        raise ValueError(f"{folder / 'records.csv'} can't be read ({first_line(e)}): run its notebook again") from e
+
 
 def _explain_cell(folder, cell):
     "`_explain_run` with the number itself: `cell` is [column] or [row, column]."
     records, (*row, column) = _records(folder), cell
     if not records or column not in records[0]:
         near = nearest(column, records[0] if records else ())
-        raise ValueError(f"{folder / 'records.csv'} has no column {column!r}" + (f", did you mean {near!r}?" if near else ""))
-    if not row: return _explain_run(folder, **{column: f"{len(records)} values, {', '.join(r[column] for r in records[:5])}{' …' * (len(records) > 5)}"})
-    if len(row) > 1 or not row[0].isdecimal() or int(row[0]) >= len(records): raise ValueError(f"{folder / 'records.csv'} has rows 0 to {len(records) - 1}, not {':'.join(row)}")
-    return _explain_run(folder, **{column: records[int(row[0])][column], "row": {k: v for k, v in records[int(row[0])].items() if v and k != column}})
+        raise ValueError(
+            f"{folder / 'records.csv'} has no column {column!r}" + (f", did you mean {near!r}?" if near else "")
+        )
+    if not row:
+        return _explain_run(
+            folder,
+            **{
+                column: f"{len(records)} values, {', '.join(r[column] for r in records[:5])}{' …' * (len(records) > 5)}"
+            },
+        )
+    if len(row) > 1 or not row[0].isdecimal() or int(row[0]) >= len(records):
+        raise ValueError(f"{folder / 'records.csv'} has rows 0 to {len(records) - 1}, not {':'.join(row)}")
+    return _explain_run(
+        folder,
+        **{
+            column: records[int(row[0])][column],
+            "row": {k: v for k, v in records[int(row[0])].items() if v and k != column},
+        },
+    )
 
 # %% ../../nbs/experiments/07_explain.ipynb #8ad463c2
 def _published():
     return repo_root(Path(__file__).parent if "__file__" in globals() else None) / "outputs/published"
 
+
 def _published_claims():
     "(folder, claim) of all published runs."
     for file in sorted(_published().glob("*/*/claims.json")):
-        for c in read_json(file): yield file.parent, c
+        for c in read_json(file):
+            yield file.parent, c
 
-def _claim_ids(): return sorted({c["id"] for _, c in _published_claims()})
 
-def _claimed(id): return [_explain_run(folder, claim=_told(c)) for folder, c in _published_claims() if c["id"] == id]
+def _claim_ids():
+    return sorted({c["id"] for _, c in _published_claims()})
 
-def _told(c): return f"{c['id']}: {c['statement']} ({c['verdict']}; {_shown(c['evidence'])})"
+
+def _claimed(id):
+    return [_explain_run(folder, claim=_told(c)) for folder, c in _published_claims() if c["id"] == id]
+
+
+def _told(c):
+    return f"{c['id']}: {c['statement']} ({c['verdict']}; {_shown(c['evidence'])})"
+
 
 def _ledger_claim(path, number):
     "The runs that a claim of the ledger rests on."
     ledger = read_json(path)
-    entries = {str(c["number"]): c for c in ledger["claims"]} if isinstance(ledger, dict) and "claims" in ledger else None
-    if entries is None: raise ValueError(f"{path} is no part of a finished run and no ledger of claims")
-    if len(number) != 1 or number[0] not in entries: raise ValueError(f"{path} has claims {', '.join(entries)}: say which, as in {path}:{next(iter(entries))}")
+    entries = (
+        {str(c["number"]): c for c in ledger["claims"]} if isinstance(ledger, dict) and "claims" in ledger else None
+    )
+    if entries is None:
+        raise ValueError(f"{path} is no part of a finished run and no ledger of claims")
+    if len(number) != 1 or number[0] not in entries:
+        raise ValueError(f"{path} has claims {', '.join(entries)}: say which, as in {path}:{next(iter(entries))}")
     entry = entries[number[0]]
-    if not entry["checks"]: raise ValueError(f"claim {number[0]} was not tested: {entry['evidence']}")
-    checks = {name: [c for c in entry["checks"] if c["run"] == name] for name in dict.fromkeys(c["run"] for c in entry["checks"])}
-    return [_explain_run(path.parent / entry["tier"] / name, claim="; ".join(map(_told, found))) for name, found in checks.items()]
+    if not entry["checks"]:
+        raise ValueError(f"claim {number[0]} was not tested: {entry['evidence']}")
+    checks = {
+        name: [c for c in entry["checks"] if c["run"] == name]
+        for name in dict.fromkeys(c["run"] for c in entry["checks"])
+    }
+    return [
+        _explain_run(path.parent / entry["tier"] / name, claim="; ".join(map(_told, found)))
+        for name, found in checks.items()
+    ]
 
 # %% ../../nbs/experiments/07_explain.ipynb #cf9c621f
 def _executed(folder):
     "The notebook that made the results in `folder`, as it was executed, or {}."
     for file in (folder / "executed.ipynb", folder.parent / f"{folder.name}.ipynb"):
-        if file.exists() and isinstance(nb := read_json(file), dict): return nb
+        if file.exists() and isinstance(nb := read_json(file), dict):
+            return nb
     return {}
+
 
 def _command(folder, commit, parameters, notebook):
     "`git checkout …; papermill …`, for a shell in the repository, or why there is none."
     name = _notebook_name(folder, notebook)
     cells = parameter_cells(notebook) or parameter_cells(_notebook_at(commit, name))
-    if not cells: return f"not known: there is no notebook {name} with parameters at that commit"
+    if not cells:
+        return f"not known: there is no notebook {name} with parameters at that commit"
     defaults, said = assigned(cells[0]), notebook.get("metadata", {}).get("papermill", {}).get("parameters", {})
     given = {k: v for k, v in parameters.items() if (not _equal(v, defaults[k]) if k in defaults else k in said)}
     checkout, output = f"git checkout {commit} && " if commit else "", shlex.quote(f"outputs/{folder.name}.ipynb")
-    return f"{checkout}papermill {_path_at(commit, name)} {output}" + "".join(f" {_option(k, v)}" for k, v in given.items())
+    return f"{checkout}papermill {_path_at(commit, name)} {output}" + "".join(
+        f" {_option(k, v)}" for k, v in given.items()
+    )
+
 
 def _notebook_name(folder, notebook):
     "From papermill's note, else the folder's name without what `write_results` and the notebook have added to it."
     path = notebook.get("metadata", {}).get("papermill", {}).get("input_path")
     return re.sub(r"[^\w.-]", "", Path(path).stem) if path else folder.name.partition("-")[0]
 
+
 def _notebook_at(commit, name):
     text = git("show", f"{commit}:{_path_at(commit, name)}") if commit else None
     return json.loads(text) if text else {}
+
 
 def _path_at(commit, name):
     "Where the notebook `name` lay in the repository at `commit`: notebooks have moved since."
     there = (git("ls-tree", "-r", "--name-only", commit, "nbs") or "").splitlines() if commit else []
     return next((path for path in there if Path(path).name == f"{name}.ipynb"), f"nbs/{name}.ipynb")
 
+
 def parameter_cells(notebook):
     return ["".join(c["source"]) for c in notebook.get("cells", []) if "parameters" in c["metadata"].get("tags", [])]
 
+
 def assigned(source):
     "The literals that a cell assigns: {name: value}."
-    return {t.id: ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets}
+    return {
+        t.id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+    }
+
 
 def _equal(recorded, default):
     "Whether a checked parameter, from JSON, is the notebook's default: commas in a string separate, and one value is a list of one."
-    if isinstance(recorded, list) and not isinstance(default, (list, tuple)): default = [v.strip() for v in default.split(",")] if isinstance(default, str) else [default]
+    if isinstance(recorded, list) and not isinstance(default, (list, tuple)):
+        default = [v.strip() for v in default.split(",")] if isinstance(default, str) else [default]
     return as_json(default) == recorded
+
 
 def _option(name, value):
     "A parameter as papermill's command line takes it: -p guesses the type, -r is text, -y is YAML, of which JSON is a part."
-    if isinstance(value, str): kind, text = ("-r" if re.fullmatch(r"True|False|None|[-+.\d].*|nan|inf(inity)?", value, re.I) else "-p"), f"{name} {shlex.quote(value)}"
+    if isinstance(value, str):
+        kind, text = (
+            ("-r" if re.fullmatch(r"True|False|None|[-+.\d].*|nan|inf(inity)?", value, re.I) else "-p"),
+            f"{name} {shlex.quote(value)}",
+        )
     # a minus would look like another option
-    elif value is None or isinstance(value, bool) or isinstance(value, (int, float)) and value >= 0: kind, text = "-p", f"{name} {value}"
-    else: kind, text = "-y", shlex.quote(f"{name}: {json.dumps(value)}")
+    elif value is None or isinstance(value, bool) or isinstance(value, (int, float)) and value >= 0:
+        kind, text = "-p", f"{name} {value}"
+    else:
+        kind, text = "-y", shlex.quote(f"{name}: {json.dumps(value)}")
     return f"{kind} {text}"
 
 # %% ../../nbs/experiments/07_explain.ipynb #59fff20d
@@ -185,10 +290,13 @@ def _main(words):
     if len(words) != 2 or words[0] != "explain":
         print("python -m nskd.experiments.explain explain PATH|PATH:ROW:COLUMN|CLAIM", file=sys.stderr)
         return 2
-    try: print(explain(words[1]))
+    try:
+        print(explain(words[1]))
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(_main(sys.argv[1:]))
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(_main(sys.argv[1:]))

@@ -29,12 +29,19 @@ from .explain import assigned, parameter_cells
 from .parameters import Seeds, read_yaml, tier_parameters
 
 # %% ../../nbs/experiments/09_grid.ipynb #74f5a61b
-def _code_cells(notebook): return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+def _code_cells(notebook):
+    return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+
 
 def _notebooks(root):
     "The notebooks that have parameters, by name."
-    found = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted((root / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in f.parts}
+    found = {
+        f.stem: json.loads(f.read_text(encoding="utf-8"))
+        for f in sorted((root / "nbs").rglob("*.ipynb"))
+        if ".ipynb_checkpoints" not in f.parts
+    }
     return {name: nb for name, nb in found.items() if parameter_cells(nb)}
+
 
 def notebook_parameters(name, root=None):
     """The parameters of notebook `name`: (defaults by name, the model that checks them).
@@ -42,11 +49,17 @@ def notebook_parameters(name, root=None):
     ValueError with the nearest name for a notebook that is not there or has no parameters.
     """
     there = _notebooks(root or repo_root())
-    if name not in there: raise ValueError(unknown_name("notebook with parameters", name, there))
-    model, modules = "TableParameters", {"TableParameters": "nskd.experiments.parameters"}          # `check_parameters`' own default
+    if name not in there:
+        raise ValueError(unknown_name("notebook with parameters", name, there))
+    model, modules = (
+        "TableParameters",
+        {"TableParameters": "nskd.experiments.parameters"},
+    )  # `check_parameters`' own default
     for node in (n for cell in _code_cells(there[name]) for n in ast.walk(ast.parse(cell))):
-        if isinstance(node, ast.ImportFrom): modules |= {a.name: node.module for a in node.names}
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_parameters" and len(node.args) > 1: model = node.args[1].id
+        if isinstance(node, ast.ImportFrom):
+            modules |= {a.name: node.module for a in node.names}
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_parameters" and len(node.args) > 1:
+            model = node.args[1].id
     return assigned(parameter_cells(there[name])[0]), getattr(importlib.import_module(modules[model]), model)
 
 # %% ../../nbs/experiments/09_grid.ipynb #72fad879
@@ -56,6 +69,7 @@ class Grid(Config):
     `tier`: the parameters of params/<tier>/<notebook>.yaml, under `parameters`. A list in `parameters` is crossed; an element that is a list itself
     stays together. `seeds`: a number or a list, one cell each; None for a notebook without seeds. `threads`, `gpus`: of one job.
     """
+
     name: str
     notebook: str
     tier: Optional[str] = None
@@ -74,27 +88,36 @@ class Grid(Config):
         seeds = list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
         return found | ({} if seeds is None else {"seeds": [[s] for s in seeds]})
 
+
 def read_grid(path, root=None):
     "The `Grid` in a YAML file, all its cells checked; ValueError of one sentence for whatever its notebook would refuse."
     path = Path(path)
-    if not path.exists(): raise ValueError(_no_grid(path))
+    if not path.exists():
+        raise ValueError(_no_grid(path))
     said = read_yaml(path)
-    if "name" in said: raise ValueError(f"{path} must say notebook, and may say tier, parameters, seeds, threads, gpus")
-    if "notebook" not in said: raise ValueError(f"{path} names no notebook")
+    if "name" in said:
+        raise ValueError(f"{path} must say notebook, and may say tier, parameters, seeds, threads, gpus")
+    if "notebook" not in said:
+        raise ValueError(f"{path} names no notebook")
     grid = Grid(name=path.stem, **said)
-    for job in (jobs := grid_jobs(grid, root)): _check(grid, job["parameters"], root)
-    if len({job["label"] for job in jobs}) < len(jobs): raise ValueError(f"{path} has a cell twice: the values of a crossed parameter must be different")
+    for job in (jobs := grid_jobs(grid, root)):
+        _check(grid, job["parameters"], root)
+    if len({job["label"] for job in jobs}) < len(jobs):
+        raise ValueError(f"{path} has a cell twice: the values of a crossed parameter must be different")
     return grid
+
 
 def _no_grid(path):
     there = sorted(p.name for p in path.parent.glob("*.yaml"))
     return unknown_name(f"grid in {path.parent},", path.name, there) if there else f"there is no grid file {path}"
 
+
 def _check(grid, given, root):
     "What the notebook's own check would say."
     defaults, model = notebook_parameters(grid.notebook, root)
     for name in given:
-        if name not in defaults: raise ValueError(unknown_name("parameter", name, defaults) + f" ({grid.notebook})")
+        if name not in defaults:
+            raise ValueError(unknown_name("parameter", name, defaults) + f" ({grid.notebook})")
     model(**{**defaults, **given})
 
 # %% ../../nbs/experiments/09_grid.ipynb #01bcaad7
@@ -104,35 +127,58 @@ def grid_jobs(grid, root=None):
     A cell works in one process: the grid has others. `parameters` are all that the notebook is to be given.
     """
     defaults, model = notebook_parameters(grid.notebook, root)
-    if "seeds" in grid.parameters: raise ValueError("seeds stand beside parameters in a grid, not among them")
-    if grid.seeds is not None and "seeds" not in defaults: raise ValueError(f"{grid.notebook} has no seeds: leave them out of the grid")
+    if "seeds" in grid.parameters:
+        raise ValueError("seeds stand beside parameters in a grid, not among them")
+    if grid.seeds is not None and "seeds" not in defaults:
+        raise ValueError(f"{grid.notebook} has no seeds: leave them out of the grid")
     for name in grid.parameters:
-        if name not in defaults: raise ValueError(unknown_name("parameter", name, defaults) + f" ({grid.notebook})")
+        if name not in defaults:
+            raise ValueError(unknown_name("parameter", name, defaults) + f" ({grid.notebook})")
     choices = grid.choices()
-    if empty := [k for k, v in choices.items() if not v]: raise ValueError(f"{empty[0]} has no values to be crossed")
+    if empty := [k for k, v in choices.items() if not v]:
+        raise ValueError(f"{empty[0]} has no values to be crossed")
     common = _tier(grid, root) | {k: v for k, v in grid.parameters.items() if k not in choices}
     single = {"workers": 1} if "workers" in defaults and "workers" not in common else {}
     joined = [k for k in choices if k == "seeds" or get_origin(model.model_fields[k].annotation) is list]
-    cells = [{"label": _label(picked), "kind": "cell", "picked": picked, "parameters": common | single | picked, "cells": []} for picked in _crossed(choices)]
+    cells = [
+        {"label": _label(picked), "kind": "cell", "picked": picked, "parameters": common | single | picked, "cells": []}
+        for picked in _crossed(choices)
+    ]
     together = {k: list(dict.fromkeys(_flat(choices[k]))) for k in joined}
-    tables = [{"label": _label({"table": grid.notebook, **picked}), "kind": "table", "parameters": common | picked | together,
-               "cells": [c["label"] for c in cells if all(c["picked"][k] == v for k, v in picked.items())]}
-              for picked in _crossed({k: v for k, v in choices.items() if k not in joined})]
+    tables = [
+        {
+            "label": _label({"table": grid.notebook, **picked}),
+            "kind": "table",
+            "parameters": common | picked | together,
+            "cells": [c["label"] for c in cells if all(c["picked"][k] == v for k, v in picked.items())],
+        }
+        for picked in _crossed({k: v for k, v in choices.items() if k not in joined})
+    ]
     return [{k: v for k, v in job.items() if k != "picked"} for job in cells + tables]
 
-def _crossed(choices): return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
+
+def _crossed(choices):
+    return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
+
 
 def _flat(values):
     "Values, with those that stay together in one cell apart."
-    for v in values: yield from v if isinstance(v, list) else v.split(",") if isinstance(v, str) else [v]
+    for v in values:
+        yield from v if isinstance(v, list) else v.split(",") if isinstance(v, str) else [v]
+
 
 def _label(picked):
     "A name for a file: norms-bn_seeds-0."
     text = lambda v: "+".join(map(str, v)) if isinstance(v, list) else str(v)
     return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", f"{k}-{text(v)[-60:]}") for k, v in picked.items()) or "all"
 
+
 def _tier(grid, root):
-    return {} if grid.tier is None else {k: v for k, v in tier_parameters(grid.notebook, grid.tier, root).items() if k != "seeds"}
+    return (
+        {}
+        if grid.tier is None
+        else {k: v for k, v in tier_parameters(grid.notebook, grid.tier, root).items() if k != "seeds"}
+    )
 
 # %% ../../nbs/experiments/09_grid.ipynb #365e55c7
 def library_key():
@@ -145,35 +191,54 @@ def failures(folder):
     "The notebooks left in a grid's `folder`/unfinished: a list of (label, path, error in one line)."
     return [(f.stem, f, _error(f)) for f in sorted((Path(folder) / "unfinished").glob("*.ipynb"))]
 
+
 def _error(path):
-    try: cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError): return "it was stopped while its notebook was written"
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError):
+        return "it was stopped while its notebook was written"
     errors = [o for c in cells for o in c.get("outputs", []) if o.get("output_type") == "error"]
-    return f"{errors[0]['ename']}: {first_line(errors[0]['evalue'], 300)}" if errors else "it was stopped, or is still at work"
+    return (
+        f"{errors[0]['ename']}: {first_line(errors[0]['evalue'], 300)}"
+        if errors
+        else "it was stopped, or is still at work"
+    )
 
 # %% ../../nbs/experiments/09_grid.ipynb #919daf73
 def _visible_gpus():
-    if "CUDA_VISIBLE_DEVICES" in os.environ: return [v for v in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if v.strip()]
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [v for v in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if v.strip()]
     import torch
+
     return [str(i) for i in range(torch.cuda.device_count())]
+
 
 @contextlib.contextmanager
 def own_gpus(n, wait=1.0):
     """Inside, `n` GPUs that no other process has taken this way; yields their numbers, as CUDA_VISIBLE_DEVICES takes them.
 
-    Asks again every `wait` seconds until they are free. Under Slurm, which gives each job its own, just what is visible. ValueError when the machine has fewer.
+    Asks again every `synchronize` seconds until they are free. Under Slurm, which gives each job its own, just what is visible. ValueError when the machine has fewer.
     """
     from filelock import FileLock, Timeout
+
     there, mine = _visible_gpus(), []
-    if len(there) < n: raise ValueError(f"{n} GPUs are asked for, and {len(there)} are here")
-    if "SLURM_JOB_ID" in os.environ: yield there; return
-    locks = {g: FileLock(Path(tempfile.gettempdir()) / f"nskd-gpu-{re.sub('[^A-Za-z0-9]+', '-', g)}.lock") for g in there}
-    with contextlib.ExitStack() as held:
+    if len(there) < n:
+        raise ValueError(f"{n} GPUs are asked for, and {len(there)} are here")
+    if "SLURM_JOB_ID" in os.environ:
+        yield there
+        return
+    locks = {
+        g: FileLock(Path(tempfile.gettempdir()) / f"nskd-gpu-{re.sub('[^A-Za-z0-9]+', '-', g)}.lock") for g in there
+    }
+    with contextlib.ExitStack() as directory_lock:
         while len(mine) < n:
             for g in (g for g in there if g not in mine and len(mine) < n):
-                with contextlib.suppress(Timeout): held.enter_context(locks[g].acquire(timeout=0)); mine.append(g)
+                with contextlib.suppress(Timeout):
+                    directory_lock.enter_context(locks[g].acquire(timeout=0))
+                    mine.append(g)
             if len(mine) < n:
-                held.close(); mine.clear()                   # two jobs that each hold half would wait for ever
+                directory_lock.close()
+                mine.clear()  # two jobs that each hold half would wait for ever
                 time.sleep(wait)
         yield sorted(mine, key=there.index)
 
@@ -183,6 +248,9 @@ def _main(words):
     if len(words) < 3 or words[0] != "with-gpus" or not words[1].isdecimal():
         print("python -m nskd.experiments.grid with-gpus N COMMAND …", file=sys.stderr)
         return 2
-    with own_gpus(int(words[1])) as mine: return subprocess.run(words[2:], env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(mine)}).returncode
+    with own_gpus(int(words[1])) as mine:
+        return subprocess.run(words[2:], env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(mine)}).returncode
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(_main(sys.argv[1:]))
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(_main(sys.argv[1:]))

@@ -28,42 +28,61 @@ from ..norms import norm_kinds
 # %% ../../nbs/experiments/02_parameters.ipynb #2e0e5817
 def as_list(value):
     "Commas in a string separate; a single value is a list of one."
-    if isinstance(value, str): return [v.strip() for v in value.split(",")]
+    if isinstance(value, str):
+        return [v.strip() for v in value.split(",")]
     return value if isinstance(value, (list, tuple)) else [value]
+
 
 def each_of(valid, what):
     "A validator of a list of names, none missing, none twice."
+
     def check(value):
         names = [one_of(v, valid, what) for v in as_list(value)]
-        if not names: raise ValueError(f"there must be at least one of: {what}")
-        if len(set(names)) < len(names): raise ValueError(f"{what} is listed twice in {', '.join(names)}")
+        if not names:
+            raise ValueError(f"there must be at least one of: {what}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{what} is listed twice in {', '.join(names)}")
         return names
+
     return BeforeValidator(check)
+
 
 def check_seeds(value):
     seeds = list(value) if isinstance(value, (list, tuple)) else value
     number = lambda v, least: isinstance(v, int) and not isinstance(v, bool) and v >= least
-    good = number(seeds, 1) if not isinstance(seeds, list) else seeds and all(number(v, 0) for v in seeds) and len(set(seeds)) == len(seeds)
-    if not good: raise ValueError(f"seeds must be a number of seeds from 1 up, or a list of different ones from 0 up, not {value!r}")
+    good = (
+        number(seeds, 1)
+        if not isinstance(seeds, list)
+        else seeds and all(number(v, 0) for v in seeds) and len(set(seeds)) == len(seeds)
+    )
+    if not good:
+        raise ValueError(
+            f"seeds must be a number of seeds from 1 up, or a list of different ones from 0 up, not {value!r}"
+        )
     return seeds
 
+
 def _workers(value):
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1): return value
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
     raise ValueError(f"workers must be 'auto' or a number of processes from 1 up, not {value!r}")
+
 
 def check_device(value):
     pick_device(value)
     return value
 
+
 Names = Annotated[list[str], BeforeValidator(as_list)]
 Recipe = Annotated[str, BeforeValidator(lambda v: one_of(v, RECIPES, "recipe"))]
-Seeds = Annotated[Any, BeforeValidator(check_seeds)]                # an int, or a list of ints
+Seeds = Annotated[Any, BeforeValidator(check_seeds)]  # an int, or a list of ints
 
 # %% ../../nbs/experiments/02_parameters.ipynb #7e16ae1d
 class RunParameters(Config):
     "What every notebook that trains networks has: their widths, seeds, where they run and for how long."
-    narrow: ClassVar[dict] = NARROW            # what width="narrow" means
-    absent: ClassVar[tuple] = ()               # shared parameters that a study's notebook has no use for
+
+    narrow: ClassVar[dict] = NARROW  # what width="narrow" means
+    absent: ClassVar[tuple] = ()  # shared parameters that a study's notebook has no use for
     width: Any = "narrow"
     seeds: Seeds = 1
     teacher_epochs: Optional[int] = Field(None, ge=1)
@@ -72,53 +91,73 @@ class RunParameters(Config):
     budget_seconds: Optional[float] = Field(None, gt=0)
 
     @cached_property
-    def budget(self): return Budget(self.budget_seconds)
+    def budget(self):
+        return Budget(self.budget_seconds)
 
     @field_validator("width")
     @classmethod
     def _width(cls, width):
         if isinstance(width, dict):
-            for name, w in width.items(): check_width(one_of(name, list_models(), "a network in width"), w)
-        elif isinstance(width, str): one_of(width, ("narrow", "paper"), "width")
-        else: check_width(None, width)
+            for name, w in width.items():
+                check_width(one_of(name, list_models(), "a network in width"), w)
+        elif isinstance(width, str):
+            one_of(width, ("narrow", "paper"), "width")
+        else:
+            check_width(None, width)
         return width
 
     @model_validator(mode="after")
     def _no_use(self):
         for name in self.absent:
-            if name in self.model_fields_set: raise ValueError(f"this notebook has no parameter {name!r}; it has {', '.join(f for f in type(self).model_fields if f not in self.absent)}")
+            if name in self.model_fields_set:
+                raise ValueError(
+                    f"this notebook has no parameter {name!r}; it has {', '.join(f for f in type(self).model_fields if f not in self.absent)}"
+                )
         return self
 
     @model_validator(mode="after")
     def _widths(self):
         names = self.networks()
-        knobs = {"widening factor" if n.startswith("wrn") else "base channels" if n in ("r18", "r34") else "multiplier" for n in names}
+        knobs = {
+            "widening factor" if n.startswith("wrn") else "base channels" if n in ("r18", "r34") else "multiplier"
+            for n in names
+        }
         if not isinstance(self.width, (str, dict)) and len(knobs) > 1:
-            raise ValueError("one number can't be the width of several families: give width as 'narrow', 'paper', or a mapping of names to widths")
-        for name in names: check_width(name, self.width_of(name))
+            raise ValueError(
+                "one number can't be the width of several families: give width as 'narrow', 'paper', or a mapping of names to widths"
+            )
+        for name in names:
+            check_width(name, self.width_of(name))
         return self
 
     def networks(self):
         "Names of all networks of the study."
         return set()
 
-    def seed_list(self): return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+    def seed_list(self):
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
     def width_of(self, name):
         "The width of network `name`; None is the paper's."
-        if isinstance(self.width, dict): return self.width.get(name, self.narrow.get(name))
-        if self.width == "paper": return None
+        if isinstance(self.width, dict):
+            return self.width.get(name, self.narrow.get(name))
+        if self.width == "paper":
+            return None
         return self.narrow.get(name) if self.width == "narrow" else self.width
+
 
 class StudyParameters(RunParameters):
     "What every study of one family of teachers has."
+
     teacher: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "teacher"))] = "wrn28"
 
-    def networks(self): return {self.teacher}
+    def networks(self):
+        return {self.teacher}
 
 # %% ../../nbs/experiments/02_parameters.ipynb #6b83b36f
 class DistillFields(Config):
     "Of `DistillConfig`, what every notebook that distils lets its reader choose."
+
     steps: int = Field(400, ge=1)
     batch_size: int = Field(256, ge=2)
     k: int = Field(4, ge=1)
@@ -131,22 +170,49 @@ class DistillFields(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
 
+
 class DistillStudy(DistillFields, StudyParameters):
     "A study of distilled students: what all of them share."
+
     dataset: str = "digits"
 
     def options(self, **changes):
         "Of `DistillConfig`, what these parameters say, with `changes`."
-        names = ("steps", "batch_size", "k", "alpha", "tau", "lr", "schedule", "plateau_patience", "eval_every", "precision", "compile", "device")
+        names = (
+            "steps",
+            "batch_size",
+            "k",
+            "alpha",
+            "tau",
+            "lr",
+            "schedule",
+            "plateau_patience",
+            "eval_every",
+            "precision",
+            "compile",
+            "device",
+        )
         return {**{name: getattr(self, name) for name in names}, **changes}
 
     def cell(self, seed, teacher, student, norm, method, **fields):
         "A `Cell` with these parameters; `fields`: of `Cell`, with `options` as changes to these parameters' own."
-        return Cell(teacher=teacher, norm=norm, student=student, method=method, seed=seed, dataset=self.dataset, teacher_width=self.width_of(teacher),
-                    student_width=self.width_of(student), teacher_epochs=self.teacher_epochs, **{**fields, "options": self.options(**fields.get("options", {}))})
+        return Cell(
+            teacher=teacher,
+            norm=norm,
+            student=student,
+            method=method,
+            seed=seed,
+            dataset=self.dataset,
+            teacher_width=self.width_of(teacher),
+            student_width=self.width_of(student),
+            teacher_epochs=self.teacher_epochs,
+            **{**fields, "options": self.options(**fields.get("options", {}))},
+        )
+
 
 class TableParameters(DistillStudy):
     "Parameters of a table of distillation results; the notebook's own comments say what each is."
+
     teacher: Annotated[str, BeforeValidator(lambda v: one_of(v, (*STUDENTS, "all"), "teacher"))] = "wrn28"
     students: Annotated[list[str], each_of(("paper", *list_models()), "a student")] = ["paper"]
     norms: Annotated[list[str], each_of(("bn", "ln", "gn"), "a norm")] = ["bn", "ln"]
@@ -154,15 +220,18 @@ class TableParameters(DistillStudy):
     ddg_pool: int = Field(12_800, ge=2)
     recipe: Recipe = "paper"
 
-    def options(self, **changes): return with_recipe(self.recipe, super().options(**changes))
+    def options(self, **changes):
+        return with_recipe(self.recipe, super().options(**changes))
 
     @field_validator("students")
     @classmethod
     def _students(cls, students):
-        if "paper" in students and len(students) > 1: raise ValueError("students is either 'paper' or a list of networks, not both")
+        if "paper" in students and len(students) > 1:
+            raise ValueError("students is either 'paper' or a list of networks, not both")
         return students
 
-    def networks(self): return {n for pair in self.pairs() for n in pair}
+    def networks(self):
+        return {n for pair in self.pairs() for n in pair}
 
     def pairs(self):
         "(teacher, student) of every column."
@@ -172,6 +241,7 @@ class TableParameters(DistillStudy):
 # %% ../../nbs/experiments/02_parameters.ipynb #ac58575e
 _CHECKED = "_nskd_parameters_checked"
 
+
 def check_parameters(namespace, model=TableParameters):
     """Parameters of a notebook, checked: `check_parameters(globals())` right after the tagged cell.
 
@@ -179,58 +249,91 @@ def check_parameters(namespace, model=TableParameters):
     valid name. Returns an instance of `model`.
     """
     plain = (bool, int, float, str, list, tuple, dict, type(None))
-    given = {k: v for k, v in namespace.items() if isinstance(v, plain) and not k.startswith("_") and k not in ("In", "Out")}
+    given = {
+        k: v for k, v in namespace.items() if isinstance(v, plain) and not k.startswith("_") and k not in ("In", "Out")
+    }
     # in JupyterLab the cell may run again, when later cells have left names of their own
-    if namespace.get(_CHECKED): given = {k: v for k, v in given.items() if k in model.model_fields}
+    if namespace.get(_CHECKED):
+        given = {k: v for k, v in given.items() if k in model.model_fields}
     for name in given:
-        if name not in model.model_fields: raise ValueError(unknown_name("parameter", name, model.model_fields))
+        if name not in model.model_fields:
+            raise ValueError(unknown_name("parameter", name, model.model_fields))
     checked = model(**given)
     namespace[_CHECKED] = True
     return checked
 
+
 def load_smoke(namespace, notebook):
     "Inside tests (IN_TEST), overwrite a notebook's parameters by those of params/smoke/<notebook>.yaml."
-    if "IN_TEST" in os.environ: namespace.update(tier_parameters(notebook, "smoke"))
+    if "IN_TEST" in os.environ:
+        namespace.update(tier_parameters(notebook, "smoke"))
+
 
 def read_yaml(path):
     "The mapping in a YAML file; ValueError of one sentence where there is none."
-    try: said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ValueError(f"{path} can't be read as YAML: {first_line(str(e).replace(chr(10), ' '))}") from e
-    if not isinstance(said, dict): raise ValueError(f"{path} must hold lines of NAME: VALUE")
+    try:
+        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ValueError(f"{path} can't be read as YAML: {first_line(str(e).replace(chr(10), ' '))}") from e
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} must hold lines of NAME: VALUE")
     return said
+
 
 def tier_parameters(notebook, tier, root=None):
     "What params/<tier>/<notebook>.yaml of the repository (or of `root`) says; ValueError names the tiers that there are."
-    there = {f.parent.name: f for f in sorted(((root or repo_root()) / "params").glob(f"*/{notebook}.yaml")) if f.parent.name != "grid"}
-    if tier not in there: raise ValueError(unknown_name(f"tier of {notebook},", tier, there))
+    there = {
+        f.parent.name: f
+        for f in sorted(((root or repo_root()) / "params").glob(f"*/{notebook}.yaml"))
+        if f.parent.name != "grid"
+    }
+    if tier not in there:
+        raise ValueError(unknown_name(f"tier of {notebook},", tier, there))
     return read_yaml(there[tier])
 
 # %% ../../nbs/experiments/02_parameters.ipynb #9ceaf249
 def table_cells(p):
     "The cells of a table with parameters `p`, slowest varying first: seed, teacher, student, norm, method."
-    return [p.cell(seed, t, s, n, m, ddg_pool=p.ddg_pool) for seed in p.seed_list() for t, s in p.pairs() for n in p.norms for m in p.methods]
+    return [
+        p.cell(seed, t, s, n, m, ddg_pool=p.ddg_pool)
+        for seed in p.seed_list()
+        for t, s in p.pairs()
+        for n in p.norms
+        for m in p.methods
+    ]
 
 # %% ../../nbs/experiments/02_parameters.ipynb #687bd369
 def numbers(kind, what, low, high=None):
     "A list of different numbers between `low` and `high`; commas in a string separate."
+
     def check(value):
-        try: found = [kind(v) for v in as_list(value)]
-        except (TypeError, ValueError): raise ValueError(f"{what} must be numbers separated by commas, not {value!r}") from None
-        if not found or len(set(found)) < len(found): raise ValueError(f"{what} must be different numbers, at least one, not {value!r}")
+        try:
+            found = [kind(v) for v in as_list(value)]
+        except (TypeError, ValueError):
+            raise ValueError(f"{what} must be numbers separated by commas, not {value!r}") from None
+        if not found or len(set(found)) < len(found):
+            raise ValueError(f"{what} must be different numbers, at least one, not {value!r}")
         bad = [v for v in found if v < low or (high is not None and v > high)]
-        if bad: raise ValueError(f"{what} must be {f'between {low} and {high}' if high is not None else f'{low} or more'}, not {bad[0]}")
+        if bad:
+            raise ValueError(
+                f"{what} must be {f'between {low} and {high}' if high is not None else f'{low} or more'}, not {bad[0]}"
+            )
         return found
+
     return BeforeValidator(check)
+
 
 class Sweep(DistillStudy):
     "A sweep over one pair of teacher and student."
+
     student: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "student"))] = "wrn16"
     seeds: Seeds = 5
     steps: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=2)
     lr: float = Field(3e-3, gt=0)
 
-    def networks(self): return {self.teacher, self.student}
+    def networks(self):
+        return {self.teacher, self.student}
 
     def one(self, seed, norm, method, **fields):
         "The cell of teacher and student of this sweep."
@@ -239,6 +342,7 @@ class Sweep(DistillStudy):
 # %% ../../nbs/experiments/02_parameters.ipynb #09833a34
 class BNStudy(StudyParameters):
     "A study of the BN modes of one family of teachers, over seeds."
+
     seeds: Seeds = 5
     batch_size: int = Field(256, ge=2)
 
@@ -247,5 +351,7 @@ class BNStudy(StudyParameters):
     def _teacher(cls, v):
         one_of(v, list_models(), "teacher")
         if not norm_kinds(create_model(v, width=NARROW.get(v)))["bn"]:
-            raise ValueError("this notebook compares running with current statistics and needs a teacher with BatchNorm (wrn28, r34, r18 …)")
+            raise ValueError(
+                "this notebook compares running with current statistics and needs a teacher with BatchNorm (wrn28, r34, r18 …)"
+            )
         return v

@@ -16,24 +16,31 @@ from pathlib import Path
 # %% ../../nbs/experiments/10_readme.ipynb #3391212a
 def _from_root(target, folder):
     "The link `target`, valid in `folder`, as it reads from the folder above."
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|[/#]", target): return target
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|[/#]", target):
+        return target
     path, mark, anchor = target.partition("#")
     path = posixpath.normpath(posixpath.join(folder, path))
-    if path.startswith(".."): raise ValueError(f"the link {target!r} leads out of the repository")
+    if path.startswith(".."):
+        raise ValueError(f"the link {target!r} leads out of the repository")
     return path + mark + anchor
 
 # %% ../../nbs/experiments/10_readme.ipynb #70f788e0
-_CODE = re.compile(r"^ {0,3}(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)"
-                   r"|(?<!`)(?P<ticks>`+)(?!`)[^\n]*?(?<!`)(?P=ticks)(?!`)", re.M | re.S)
+_CODE = re.compile(
+    r"^ {0,3}(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)"
+    r"|(?<!`)(?P<ticks>`+)(?!`)[^\n]*?(?<!`)(?P=ticks)(?!`)",
+    re.M | re.S,
+)
 _LINK = re.compile(r"(?P<before>\]\(<?|^ {0,3}\[[^\]\n]+\]: *<?|\b(?:src|href)=[\"'])(?P<target>[^\s)>\"']+)", re.M)
+
 
 def _outside_code(text, change):
     "`text` with `change` applied to all of it but fenced and inline code."
     done, at = [], 0
     for code in _CODE.finditer(text):
-        done += [change(text[at:code.start()]), code[0]]
+        done += [change(text[at : code.start()]), code[0]]
         at = code.end()
     return "".join(done + [change(text[at:])])
+
 
 def _relink(text, folder):
     "Markdown `text` of `folder`, its links as they read from the folder above."
@@ -43,27 +50,38 @@ def _relink(text, folder):
 # %% ../../nbs/experiments/10_readme.ipynb #16991357
 _FRONT_MATTER = re.compile(r"\A\s*---\n.*?\n---\s*\Z", re.S)
 _DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(?P<text>.*?)\s*$")
-_HIDES = {"cell": {"hide", "include: false"}, "input": {"hide_input", "echo: false"},
-          "output": {"hide_output", "output: false"}}
+_HIDES = {
+    "cell": {"hide", "include: false"},
+    "input": {"hide_input", "echo: false"},
+    "output": {"hide_output", "output: false"},
+}
+
 
 def _shown(cell, folder):
     "`cell` as a reader of the README sees it, or None."
     lines = cell.source.splitlines()
     said = {re.sub(r"\s*:\s*", ": ", m["text"]) for m in map(_DIRECTIVE.match, lines) if m}
-    if said & _HIDES["cell"] or cell.cell_type == "raw" and _FRONT_MATTER.match(cell.source): return None
+    if said & _HIDES["cell"] or cell.cell_type == "raw" and _FRONT_MATTER.match(cell.source):
+        return None
     if cell.cell_type != "code":
-        if "attachments" in cell: raise ValueError("a picture is attached to a cell: save it under outputs/published and link it")
+        if "attachments" in cell:
+            raise ValueError("a picture is attached to a cell: save it under outputs/published and link it")
         cell.source = _relink(cell.source, folder)
         return cell
     cell.source = "\n".join(line for line in lines if not _DIRECTIVE.match(line)).strip("\n")
-    if said & _HIDES["input"]: cell.source = ""
+    if said & _HIDES["input"]:
+        cell.source = ""
     cell.outputs = [] if said & _HIDES["output"] else [o for o in cell.outputs if o.get("name") != "stderr"]
     for output in cell.outputs:
         data = output.get("data", {})
         if any(kind.startswith("image/") for kind in data):
-            raise ValueError(f"an output is a picture (cell {cell.source[:40]!r}): save it under outputs/published and link it")
-        if "text/html" in data: data["text/html"] = re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.S)
-        for kind in {"text/html", "text/markdown"} & set(data): data[kind] = _relink(data[kind], folder)
+            raise ValueError(
+                f"an output is a picture (cell {cell.source[:40]!r}): save it under outputs/published and link it"
+            )
+        if "text/html" in data:
+            data["text/html"] = re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.S)
+        for kind in {"text/html", "text/markdown"} & set(data):
+            data[kind] = _relink(data[kind], folder)
     return cell if cell.source or cell.outputs else None
 
 # %% ../../nbs/experiments/10_readme.ipynb #803dc3f6
@@ -76,17 +94,43 @@ def markdown_contents(nbs, first=()):
     for title, folder in CONTENTS.items():
         there = [p for p in sorted((nbs / folder).glob("*.ipynb")) if p.stem != "index"]
         rows = [_row(p, nbs, first) for p in there]
-        if rows: parts.append("\n".join([f"<details>\n<summary>{title}</summary>\n", "| notebook | what it is about |", "| --- | --- |", *rows, "\n</details>"]))
-    if lost := set(first) - {p.stem for p in nbs.rglob("*.ipynb")}: raise ValueError(f"there is no notebook {sorted(lost)[0]}")
+        if rows:
+            parts.append(
+                "\n".join(
+                    [
+                        f"<details>\n<summary>{title}</summary>\n",
+                        "| notebook | what it is about |",
+                        "| --- | --- |",
+                        *rows,
+                        "\n</details>",
+                    ]
+                )
+            )
+    if lost := set(first) - {p.stem for p in nbs.rglob("*.ipynb")}:
+        raise ValueError(f"there is no notebook {sorted(lost)[0]}")
     return "\n\n".join(parts)
 
-CONTENTS = {"Tables, figures and studies": ".", "The method, chapter by chapter": "method", "Diagnostics": "diagnostics", "Theory": "theory", "Experiments": "experiments",
-            "Practice": "practice", "Rooms of the tables": "tables", "The functional perspective": "functional", "LumiNet": "luminet", "SiNGER": "singer",
-            "The engine": "engine", "The benchmark": "benchmark"}
+
+CONTENTS = {
+    "Tables, figures and studies": ".",
+    "The method, chapter by chapter": "method",
+    "Diagnostics": "diagnostics",
+    "Theory": "theory",
+    "Experiments": "experiments",
+    "Practice": "practice",
+    "Rooms of the tables": "tables",
+    "The functional perspective": "functional",
+    "LumiNet": "luminet",
+    "SiNGER": "singer",
+    "The engine": "engine",
+    "The benchmark": "benchmark",
+}
+
 
 def _row(path, nbs, first):
     bold = "**" * (path.stem in first)
     return f"| {bold}[{path.stem}]({path.relative_to(nbs).as_posix()}){bold} | {_title(json.loads(path.read_text(encoding='utf-8')))} |"
+
 
 def _title(notebook):
     "What a notebook says of itself: its quotation, or its heading."
@@ -106,14 +150,15 @@ def render_readme(index) -> str:
     import nbformat
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
+
     index = Path(index).resolve()
     notebook = nbformat.read(index, as_version=4)
     notebook.cells = [shown for cell in notebook.cells if (shown := _shown(cell, index.parent.name)) is not None]
-    notebook.metadata["language_info"] = {"name": "python"}      # else the code blocks don't say which language
+    notebook.metadata["language_info"] = {"name": "python"}  # else the code blocks don't say which language
     kinds = ["text/markdown", "text/html", "text/latex", "text/plain"]
     exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": kinds}}))
     text = exporter.from_notebook_node(notebook)[0]
-    text = re.sub(r"```python\s*```\n*", "", text)                 # cells of which only the output is shown
+    text = re.sub(r"```python\s*```\n*", "", text)  # cells of which only the output is shown
     # A block that prints nothing leaves empty lines behind; inside code they mean something.
     text = _outside_code(text, lambda part: re.sub(r"\n\s*\n", "\n\n", part))
     source = f"{index.parent.name}/{index.name}"
@@ -122,20 +167,30 @@ def render_readme(index) -> str:
 # %% ../../nbs/experiments/10_readme.ipynb #b0304732
 def main(argv=None) -> int:
     "`python -m nskd.experiments.readme [--check]`: write README.md, or say whether it is up to date. Returns the exit status."
-    parser = argparse.ArgumentParser(prog="python -m nskd.experiments.readme", description="Make README.md from the front page notebook.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README.md is not up to date")
+    parser = argparse.ArgumentParser(
+        prog="python -m nskd.experiments.readme", description="Make README.md from the front page notebook."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if README.md is not up to date"
+    )
     check = parser.parse_args(argv).check
     from nbdev.config import get_config
+
     config = get_config()
-    index, readme = config.nbs_path/config.readme_nb, config.config_path/"README.md"
-    try: text = render_readme(index)
+    index, readme = config.nbs_path / config.readme_nb, config.config_path / "README.md"
+    try:
+        text = render_readme(index)
     except (FileNotFoundError, ValueError) as error:
         print(f"README.md can't be made: {error}", file=sys.stderr)
         return 1
     # Bytes, so that no platform's line ends make two equal pages differ.
-    if readme.exists() and readme.read_bytes() == text.encode(): return 0
+    if readme.exists() and readme.read_bytes() == text.encode():
+        return 0
     if check:
-        print(f"README.md is not what {index.name} says: run `python -m nskd.experiments.readme` and commit it.", file=sys.stderr)
+        print(
+            f"README.md is not what {index.name} says: run `python -m nskd.experiments.readme` and commit it.",
+            file=sys.stderr,
+        )
         return 1
     readme.write_bytes(text.encode())
     print(f"wrote {readme}")

@@ -23,6 +23,7 @@ def results_dir():
     "Where `write_results` puts a table's folder: `$NSKD_RESULTS` (jobs of a grid, see `nskd.experiments.grid`), or `outputs_dir()`."
     return Path(os.environ.get("NSKD_RESULTS") or outputs_dir())
 
+
 def write_results(name, parameters, records, table, claims, figure=None):
     """Write a table's results to outputs/<name>/ (digits) or outputs/<name>-<dataset>/; a DataFrame of files and what they hold.
 
@@ -30,20 +31,43 @@ def write_results(name, parameters, records, table, claims, figure=None):
     provenance), figure.png.
     """
     dataset = getattr(parameters, "dataset", "digits")
-    if not dataset.startswith("digits"): name = f"{name}-{re.sub('[^A-Za-z0-9]+', '-', os.path.basename(dataset)).strip('-')}"
+    if not dataset.startswith("digits"):
+        name = f"{name}-{re.sub('[^A-Za-z0-9]+', '-', os.path.basename(dataset)).strip('-')}"
     directory = results_dir() / name
     claims, lacks, tidy = so_far(claims, parameters), lacking(parameters), records
-    if "directory" in records: tidy = records.assign(directory=[os.path.relpath(d, outputs_dir()) if isinstance(d, str) else d for d in records.directory])
+    if "directory" in records:
+        tidy = records.assign(
+            directory=[os.path.relpath(d, outputs_dir()) if isinstance(d, str) else d for d in records.directory]
+        )
     write_bytes(directory / "records.csv", tidy.round(4).to_csv(index=False).encode())
     write_bytes(directory / "table.csv", table.to_csv().encode())
     note = f"**unfinished**, these are lacking: {'; '.join(lacks)}\n\n" if lacks else ""
     write_bytes(directory / "summary.md", f"{note}{markdown_table(table)}\n\n{markdown_claims(claims)}\n".encode())
     write_json(directory / "claims.json", claims)
-    spent = {"seconds_of_all_students": float(records.drop_duplicates("directory").seconds.sum())} if "directory" in records else {}
-    write_json(directory / "results.json", {"parameters": parameters.model_dump(), "provenance": provenance(pick_device(parameters.device)), **spent,
-                                            **({"unfinished": lacks} if lacks else {})})
-    files = {"records.csv": "one row a cell or a measurement", "table.csv": "the table above", "claims.json": "claims and verdicts", "summary.md": "table and claims as text", "results.json": "parameters and provenance"}
-    if figure is not None: save_figure(figure, directory / "figure.png"); files["figure.png"] = "the picture above"
+    spent = (
+        {"seconds_of_all_students": float(records.drop_duplicates("directory").seconds.sum())}
+        if "directory" in records
+        else {}
+    )
+    write_json(
+        directory / "results.json",
+        {
+            "parameters": parameters.model_dump(),
+            "provenance": provenance(pick_device(parameters.device)),
+            **spent,
+            **({"unfinished": lacks} if lacks else {}),
+        },
+    )
+    files = {
+        "records.csv": "one row a cell or a measurement",
+        "table.csv": "the table above",
+        "claims.json": "claims and verdicts",
+        "summary.md": "table and claims as text",
+        "results.json": "parameters and provenance",
+    }
+    if figure is not None:
+        save_figure(figure, directory / "figure.png")
+        files["figure.png"] = "the picture above"
     shown = os.path.relpath(directory, repo_root()) if directory.is_relative_to(repo_root()) else directory
     return pd.DataFrame([(f"{shown}/{f}", what) for f, what in files.items()], columns=["file", "what"])
 
@@ -52,24 +76,40 @@ def publish(name, tier, notebook=None):
     "Copy the results of table `name`, and its executed `notebook`, to outputs/published/<tier>/<name>/; the files written."
     source, target = outputs_dir() / name, outputs_dir() / "published" / tier / name
     files = [f for f in sorted(source.glob("*")) if f.suffix in (".csv", ".json", ".png", ".md")]
-    if not files: raise ValueError(f"there are no results in {source}: run the notebook first")
-    for f in files: write_bytes(target / f.name, f.read_bytes())
-    if notebook: write_bytes(target / "executed.ipynb", _as_published(notebook))
+    if not files:
+        raise ValueError(f"there are no results in {source}: run the notebook first")
+    for f in files:
+        write_bytes(target / f.name, f.read_bytes())
+    if notebook:
+        write_bytes(target / "executed.ipynb", _as_published(notebook))
     return sorted(p.name for p in target.iterdir())
+
 
 def _as_published(notebook):
     "The executed notebook without progress bars and warnings, which on a page are a hundred lines of nothing, without this machine's paths, and with links that hold where it lies."
     import nbformat
+
     nb = nbformat.read(notebook, as_version=4)
     about = nb.metadata.get("papermill", {})
-    folder = Path(about.get("input_path") or "").parent.as_posix().rpartition("nbs")[2].strip("/")      # of the notebook, below nbs/
-    def moved(link): return f"](../../../../{os.path.normpath(os.path.join('nbs', folder, link[1]))})"
+    folder = (
+        Path(about.get("input_path") or "").parent.as_posix().rpartition("nbs")[2].strip("/")
+    )  # of the notebook, below nbs/
+
+    def moved(link):
+        return f"](../../../../{os.path.normpath(os.path.join('nbs', folder, link[1]))})"
+
     for cell in nb.cells:
-        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-        else: cell.source = re.sub(r"\]\((?![a-z]+:|/|#)([^)\s]+\.ipynb(?:#[^)]*)?)\)", moved, cell.source)      # links to other notebooks, from where the copy lies
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        else:
+            cell.source = re.sub(
+                r"\]\((?![a-z]+:|/|#)([^)\s]+\.ipynb(?:#[^)]*)?)\)", moved, cell.source
+            )  # links to other notebooks, from where the copy lies
     for key in ("input_path", "output_path"):
-        if about.get(key): about[key] = os.path.basename(about[key])
+        if about.get(key):
+            about[key] = os.path.basename(about[key])
     return nbformat.writes(nb).replace(str(outputs_dir().resolve()), "outputs").encode()
+
 
 def read_table(directory):
     "The table that `write_results` left in `directory`, columns (norm, pair, measured or paper)."
@@ -79,7 +119,8 @@ def read_table(directory):
 def newest_summary():
     "Path and text of the summary that was written last; ValueError where there is none."
     found = sorted(outputs_dir().glob("*/summary.md"), key=lambda f: f.stat().st_mtime)
-    if not found: raise ValueError(f"there are no results in {outputs_dir()} yet")
+    if not found:
+        raise ValueError(f"there are no results in {outputs_dir()} yet")
     return found[-1], found[-1].read_text()
 
 # %% ../../nbs/experiments/06_results.ipynb #1610deea

@@ -20,23 +20,35 @@ from ..engine.workers import note_unfinished, pick_workers, run_parallel, run_wi
 from .cells import TeacherCell, cell_teacher, distil_cell
 
 # %% ../../nbs/experiments/03_runner.ipynb #475bc07d
-def _train(cell, budget_seconds=None): return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds).record["accuracy"]
+def _train(cell, budget_seconds=None):
+    return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds).record["accuracy"]
 
-def _each_teacher(cells): return {c.teachers_work(): c for c in cells}
+
+def _each_teacher(cells):
+    return {c.teachers_work(): c for c in cells}
+
 
 def _train_all(cells, workers, budget, desc):
     "Train every teacher of `cells` that there is time for: {its work: accuracies, or how far it got}. Those in the cache need no process."
     each = _each_teacher(cells)
     done = {work: net.record["accuracy"] for work, c in each.items() if (net := trained_teacher(c)) is not None}
     lacks = {work: c for work, c in each.items() if work not in done}
-    found = run_within(budget, _train, lacks.values(), workers, cells[0].options.get("device", "auto"), desc) if lacks else []
+    found = (
+        run_within(budget, _train, lacks.values(), workers, cells[0].options.get("device", "auto"), desc)
+        if lacks
+        else []
+    )
     return {**done, **dict(zip(lacks, found))}
+
 
 def trained_teacher(cell):
     "The teacher of `cell` from the cache, or None where it is not trained."
     try:
-        with threads(1): return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds=0)       # as `run_parallel` trains it
-    except Unfinished: return None
+        with threads(1):
+            return cell_teacher(cell, load_dataset(cell.dataset), budget_seconds=0)  # as `run_parallel` trains it
+    except Unfinished:
+        return None
+
 
 def train_teachers(cells, workers="auto", desc="teachers", budget=None):
     """The teachers of `cells` (each a `TeacherCell`), trained side by side or from the cache: a list of networks in the order of `cells`.
@@ -45,14 +57,38 @@ def train_teachers(cells, workers="auto", desc="teachers", budget=None):
     """
     cells, budget = list(cells), budget or Budget()
     done = _train_all(cells, workers, budget, desc)
-    note_unfinished(budget, [(f"teacher {c.teacher} {c.norm}, {c.dataset}, seed {c.seed}", done[work]) for work, c in _each_teacher(cells).items()])
+    note_unfinished(
+        budget,
+        [
+            (f"teacher {c.teacher} {c.norm}, {c.dataset}, seed {c.seed}", done[work])
+            for work, c in _each_teacher(cells).items()
+        ],
+    )
     return [trained_teacher(c) for c in cells]
+
 
 # what a record has of its cell, and what a table without a single finished cell still needs of its results
 _OF_CELL = ["teacher", "norm", "student", "method", "seed"]
 
-_RESULTS = ["teacher_accuracy", "cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "loss", "balance_targets", "alpha_used", "recal_n",
-            "seconds", "steps", "data_free", "directory", "cached"]
+_RESULTS = [
+    "teacher_accuracy",
+    "cs",
+    "rs",
+    "recal",
+    "best_cs",
+    "best_rs",
+    "best_recal",
+    "best_step",
+    "loss",
+    "balance_targets",
+    "alpha_used",
+    "recal_n",
+    "seconds",
+    "steps",
+    "data_free",
+    "directory",
+    "cached",
+]
 
 # %% ../../nbs/experiments/03_runner.ipynb #1bd0f401
 def run_cells(cells, workers="auto", budget=None):
@@ -62,36 +98,64 @@ def run_cells(cells, workers="auto", budget=None):
     left out, named in a printed line, and listed in `budget.lacks`. The next call goes on with them.
     """
     budget = budget or Budget()
-    if not cells: raise ValueError("there are no cells to run: norms, methods, students and seeds must not be empty")
-    ds = load_dataset(cells[0].dataset)                           # a download or an error here, not in every worker
+    if not cells:
+        raise ValueError("there are no cells to run: norms, methods, students and seeds must not be empty")
+    ds = load_dataset(cells[0].dataset)  # a download or an error here, not in every worker
     if (b := cells[0].config().batch_size) < ds.num_classes:
-        warnings.warn(f"a batch of {b} can't hold all {ds.num_classes} classes: rejection sampling balances over steps only", stacklevel=2)
+        warnings.warn(
+            f"a batch of {b} can't hold all {ds.num_classes} classes: rejection sampling balances over steps only",
+            stacklevel=2,
+        )
     _train_all(cells, workers, budget, "teachers")
     unique = {}
-    for c in cells: unique.setdefault(c.work(), c)
-    unique = sorted(unique.values(), key=lambda c: c.method != "normshift")       # the longest first: no worker waits at the end
-    done = dict(zip((c.work() for c in unique), run_within(budget, distil_cell, unique, workers, cells[0].options.get("device", "auto"), "students")))
-    note_unfinished(budget, [(f"{c.teacher} {c.norm} → {c.student}, {c.method}, seed {c.seed}", done[c.work()]) for c in cells])
+    for c in cells:
+        unique.setdefault(c.work(), c)
+    unique = sorted(
+        unique.values(), key=lambda c: c.method != "normshift"
+    )  # the longest first: no worker waits at the end
+    done = dict(
+        zip(
+            (c.work() for c in unique),
+            run_within(budget, distil_cell, unique, workers, cells[0].options.get("device", "auto"), "students"),
+        )
+    )
+    note_unfinished(
+        budget, [(f"{c.teacher} {c.norm} → {c.student}, {c.method}, seed {c.seed}", done[c.work()]) for c in cells]
+    )
     rows = {i: {**r, "method": c.method} for i, c in enumerate(cells) if isinstance(r := done[c.work()], dict)}
     records = pd.DataFrame(list(rows.values()), index=list(rows), columns=None if rows else _OF_CELL + _RESULTS)
     return records if rows else records.astype(dict.fromkeys(_RESULTS, float))
 
+
 def with_unfinished(records, cells):
     "`records` of `run_cells(cells)` with a row for every cell, of which one that is not finished has no results (NaN)."
-    if len(records) == len(cells): return records
+    if len(records) == len(cells):
+        return records
     whole = records.reindex(range(len(cells)))
     return whole.assign(**{name: [getattr(c, name) for c in cells] for name in _OF_CELL})
 
 # %% ../../nbs/experiments/03_runner.ipynb #1f887266
 def study_teachers(p, dataset, norm="bn"):
     "The teachers of a study with `StudyParameters` p on `dataset`: one a seed, trained side by side or from the cache, None where p's budget is over."
-    cells = [TeacherCell(teacher=p.teacher, norm=norm, seed=seed, dataset=dataset, teacher_width=p.width_of(p.teacher),
-                         teacher_epochs=p.teacher_epochs, options={"device": p.device}) for seed in p.seed_list()]
+    cells = [
+        TeacherCell(
+            teacher=p.teacher,
+            norm=norm,
+            seed=seed,
+            dataset=dataset,
+            teacher_width=p.width_of(p.teacher),
+            teacher_epochs=p.teacher_epochs,
+            options={"device": p.device},
+        )
+        for seed in p.seed_list()
+    ]
     return train_teachers(cells, p.workers, desc=f"teachers, {dataset}", budget=p.budget)
+
 
 def _measure(job):
     measure, net, options = job
     return None if net is None else measure(net, **options)
+
 
 def run_measures(measure, jobs, workers="auto", device="auto", desc="measures"):
     "`[measure(net, **options) for net, options in jobs]`, side by side, None for a network that is None; `measure` is a function of the library."
@@ -110,6 +174,7 @@ def run_sweep(plan, workers="auto", budget=None):
     labels = pd.DataFrame([labels for labels, _ in plan])
     return pd.concat([labels, records.drop(columns=labels.columns, errors="ignore")], axis=1)
 
+
 def histories(records, plan):
     """Every evaluation of every run in the `records` of `run_sweep(plan)`: their columns, with those of the runs' history (`step`, `accuracy_cs` …).
 
@@ -117,12 +182,23 @@ def histories(records, plan):
     """
     parts = []
     for row, (_, cell) in zip(records.to_dict("records"), plan):
-        history = pd.read_csv(Path(row["directory"]) / "run/history.csv") if isinstance(row["directory"], str) else _to_come(cell.config())
+        history = (
+            pd.read_csv(Path(row["directory"]) / "run/history.csv")
+            if isinstance(row["directory"], str)
+            else _to_come(cell.config())
+        )
         parts.append(history.assign(**{k: v for k, v in row.items() if k not in history}))
     return pd.concat(parts, ignore_index=True)
+
 
 def _to_come(cfg):
     "The history that a run of `cfg` will have, without results."
     steps = pd.Series(sorted({*range(cfg.eval_every, cfg.steps + 1, cfg.eval_every), cfg.steps}))
     images = cfg.images * steps
-    return pd.DataFrame({"step": steps, "images_seen": images, **dict.fromkeys(("loss", "accuracy_cs", "accuracy_rs", "accuracy_recal", "balance_targets"), np.nan)})
+    return pd.DataFrame(
+        {
+            "step": steps,
+            "images_seen": images,
+            **dict.fromkeys(("loss", "accuracy_cs", "accuracy_rs", "accuracy_recal", "balance_targets"), np.nan),
+        }
+    )

@@ -19,13 +19,15 @@ from ..engine.files import as_json
 # %% ../../nbs/experiments/04_statistics.ipynb #46ff1ac6
 VERDICTS = ("holds", "fails", "inconclusive")
 
+
 def claim(id, statement, source, holds, evidence):
     """A checked statement: a dict with `id`, `statement`, `source`, `verdict` and `evidence`.
 
     `holds`: True, False, or None for inconclusive. `statement` in our words, `source` its place in the paper,
     `evidence` JSON-like, the numbers that decided.
     """
-    if holds not in (True, False, None): raise ValueError(f"holds must be True, False or None, not {holds!r}")
+    if holds not in (True, False, None):
+        raise ValueError(f"holds must be True, False or None, not {holds!r}")
     verdict = "inconclusive" if holds is None else "holds" if holds else "fails"
     return {"id": id, "statement": statement, "source": source, "verdict": verdict, "evidence": as_json(evidence)}
 
@@ -35,15 +37,30 @@ def mean_se(values):
     v = np.asarray(values, float)
     return v.mean() if len(v) else np.nan, v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else np.nan
 
+
 def interval(values, confidence=0.95):
     "Mean, t-interval and effect size (mean over standard deviation) of per-seed values: a JSON-like dict."
     v = np.asarray(values, float)
     mean, se = mean_se(v)
-    low, high = (mean, mean) if se == 0 else stats.t.interval(confidence, len(v) - 1, mean, se) if len(v) > 1 else (np.nan, np.nan)
-    return {"n": len(v), "mean": mean, "low": low, "high": high, "effect_size": mean / v.std(ddof=1) if len(v) > 1 and se > 0 else None,
-            "values": v.tolist()}
+    low, high = (
+        (mean, mean)
+        if se == 0
+        else stats.t.interval(confidence, len(v) - 1, mean, se)
+        if len(v) > 1
+        else (np.nan, np.nan)
+    )
+    return {
+        "n": len(v),
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "effect_size": mean / v.std(ddof=1) if len(v) > 1 and se > 0 else None,
+        "values": v.tolist(),
+    }
+
 
 MIN_SEEDS = 5
+
 
 def judge(values, above=None, below=None, unit=""):
     """Whether per-seed `values` lie above (or below) a threshold: True, False, or None where the interval contains it.
@@ -51,12 +68,15 @@ def judge(values, above=None, below=None, unit=""):
     Returns (verdict, evidence). Fewer than `MIN_SEEDS` seeds decide nothing. The interval is that of `interval`; `unit`: of
     the values, for display, such as "points" (differences of percentages).
     """
-    if (above is None) == (below is None): raise ValueError("judge takes one threshold, above= or below=")
+    if (above is None) == (below is None):
+        raise ValueError("judge takes one threshold, above= or below=")
     e = interval(values)
     e |= {"threshold": {"above": above} if above is not None else {"below": below}, "unit": unit}
     low, high, t = (e["low"], e["high"], above) if above is not None else (-e["high"], -e["low"], -below)
-    if e["n"] < MIN_SEEDS: return None, {**e, "note": f"{MIN_SEEDS} seeds are needed for a verdict: -p seeds {MIN_SEEDS}"}
+    if e["n"] < MIN_SEEDS:
+        return None, {**e, "note": f"{MIN_SEEDS} seeds are needed for a verdict: -p seeds {MIN_SEEDS}"}
     return (True if low > t else False if high < t else None), e
+
 
 def within(values, margin, unit="points"):
     "Whether per-seed `values` lie between −margin and margin: (verdict, evidence) as of `judge`; True if all of the interval does, False if none of it."
@@ -64,9 +84,11 @@ def within(values, margin, unit="points"):
     verdict = False if False in (above, below) else True if above and below else None
     return verdict, {**evidence, "threshold": {"within": margin}}
 
+
 def per_seed(records, value="cs", **where):
     "Mean of `value` by seed over the rows where the columns equal `where` (a list means any of): a Series indexed by seed."
-    for column, wanted in where.items(): records = records[records[column].isin(wanted if isinstance(wanted, (list, tuple)) else [wanted])]
+    for column, wanted in where.items():
+        records = records[records[column].isin(wanted if isinstance(wanted, (list, tuple)) else [wanted])]
     return records.groupby("seed")[value].mean()
 
 # %% ../../nbs/experiments/04_statistics.ipynb #6241fb2b
@@ -74,15 +96,25 @@ def plus_minus(values, digits=2):
     "Mean ± standard error over seeds, as text; a single value has no error, an infinite one makes the mean ∞, NaN is a seed that is not there."
     every = np.asarray(values, float)
     v = every[~np.isnan(every)]
-    if not len(v): return "–"
-    if np.isinf(v).any(): return "∞" if np.isinf(v).all() else f"∞ ({np.isinf(v).sum()} of {len(v)} seeds)"
+    if not len(v):
+        return "–"
+    if np.isinf(v).any():
+        return "∞" if np.isinf(v).all() else f"∞ ({np.isinf(v).sum()} of {len(v)} seeds)"
     mean, se = mean_se(v)
-    return f"{mean:,.{digits}f}" + ("" if math.isnan(se) else f" ± {se:,.{digits}f}") + (f" ({len(v)} of {len(every)} seeds)" if len(v) < len(every) else "")
+    return (
+        f"{mean:,.{digits}f}"
+        + ("" if math.isnan(se) else f" ± {se:,.{digits}f}")
+        + (f" ({len(v)} of {len(every)} seeds)" if len(v) < len(every) else "")
+    )
+
 
 def seed_table(records, by, columns):
     "Mean ± standard error over seeds: rows the groups of `by`, columns {title: (column of `records`, digits)}."
     groups = records.groupby(by, sort=False)
-    rows = {key if isinstance(key, tuple) else (key,): {t: plus_minus(part[c], d) for t, (c, d) in columns.items()} for key, part in groups}
+    rows = {
+        key if isinstance(key, tuple) else (key,): {t: plus_minus(part[c], d) for t, (c, d) in columns.items()}
+        for key, part in groups
+    }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 # %% ../../nbs/experiments/04_statistics.ipynb #28506ae1
@@ -101,14 +133,19 @@ def factorial_effects(records, factors, value="cs", order=2):
     """
     factors = list(factors)
     for f in factors:
-        if records[f].nunique() != 2: raise ValueError(f"a factor needs two levels, and {f} has {records[f].nunique()}")
+        if records[f].nunique() != 2:
+            raise ValueError(f"a factor needs two levels, and {f} has {records[f].nunique()}")
     counts = records.groupby(["seed", *factors]).size()
     if len(counts) != records.seed.nunique() * 2 ** len(factors) or (counts != 1).any():
-        raise ValueError(f"a factorial analysis needs each of the {2 ** len(factors)} combinations of {', '.join(factors)} once a seed")
+        raise ValueError(
+            f"a factorial analysis needs each of the {2 ** len(factors)} combinations of {', '.join(factors)} once a seed"
+        )
     signs = pd.DataFrame({f: np.where(records[f] == records[f].max(), 1.0, -1.0) for f in factors}, index=records.index)
     rows = []
     for group in (g for n in range(1, order + 1) for g in itertools.combinations(factors, n)):
         contrast = 2 * signs[list(group)].prod(axis=1) * records[value]
         e = interval(contrast.groupby(records.seed).mean())
-        rows.append({"effect": " × ".join(group), "factors": group, **{k: e[k] for k in ("mean", "low", "high", "values")}})
+        rows.append(
+            {"effect": " × ".join(group), "factors": group, **{k: e[k] for k in ("mean", "low", "high", "values")}}
+        )
     return pd.DataFrame(rows)

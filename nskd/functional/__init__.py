@@ -9,6 +9,46 @@ __all__ = ['METRICS', 'MIN_PAIRS', 'MORE_METRICS', 'Agreement', 'AgreementDeltas
            'variation_of_information', 'wilcoxon_p']
 
 # %% ../../nbs/functional/00_functional.ipynb #735c9bcb
-from .metrics import METRICS, MIN_PAIRS, MORE_METRICS, Agreement, AgreementDeltas, TransferTest, activation_distance, agreement_deltas, agreement_rates, check_logits, functional_metrics, js_divergence, prediction_disagreement, procrustes_distance, rank_disagreement, transfer_kind, transfer_test, variation_of_information, wilcoxon_p
+from nskd.functional.metrics import (
+    METRICS,
+    MIN_PAIRS,
+    MORE_METRICS,
+    Agreement,
+    AgreementDeltas,
+    TransferTest,
+    activation_distance,
+    agreement_deltas,
+    agreement_rates,
+    check_logits,
+    functional_metrics,
+    js_divergence,
+    prediction_disagreement,
+    procrustes_distance,
+    rank_disagreement,
+    transfer_kind,
+    transfer_test,
+    variation_of_information,
+    wilcoxon_p,
+)
 
-_all_ = ["METRICS", "MIN_PAIRS", "MORE_METRICS", "Agreement", "AgreementDeltas", "TransferTest", "activation_distance", "agreement_deltas", "agreement_rates", "check_logits", "functional_metrics", "js_divergence", "prediction_disagreement", "procrustes_distance", "rank_disagreement", "transfer_kind", "transfer_test", "variation_of_information", "wilcoxon_p"]
+_all_ = [
+    "METRICS",
+    "MIN_PAIRS",
+    "MORE_METRICS",
+    "Agreement",
+    "AgreementDeltas",
+    "TransferTest",
+    "activation_distance",
+    "agreement_deltas",
+    "agreement_rates",
+    "check_logits",
+    "functional_metrics",
+    "js_divergence",
+    "prediction_disagreement",
+    "procrustes_distance",
+    "rank_disagreement",
+    "transfer_kind",
+    "transfer_test",
+    "variation_of_information",
+    "wilcoxon_p",
+]

@@ -25,13 +25,15 @@ def loss_gradient(student_logits, teacher_logits, labels, kind="kd", alpha=0.5, 
     Logits (N, C), labels (N,). Source: Functional Perspective, Eq. 1 and section 5.
     """
     z = student_logits.detach().clone().requires_grad_()
-    condition_loss(z, labels, teacher_logits, kind, alpha, tau).mul(len(z)).backward()        # the loss is a mean over inputs
+    condition_loss(z, labels, teacher_logits, kind, alpha, tau).mul(len(z)).backward()  # the loss is a mean over inputs
     return z.grad
+
 
 def printed_gradient(student_logits, teacher_logits, labels, alpha):
     "The gradient as section 5 prints it, temperature 1: (N, C)."
     p, q, y = student_logits.softmax(1), teacher_logits.softmax(1), F.one_hot(labels, student_logits.shape[1])
     return (1 - alpha) * (p - y) + alpha * (p - q)
+
 
 def random_logits(seed, inputs=64, classes=10):
     "Logits of a student and a teacher, (inputs, classes) in double precision, and labels, all of `seed`."
@@ -42,10 +44,12 @@ def random_logits(seed, inputs=64, classes=10):
 # %% ../../nbs/functional/03_gradient.ipynb #d95eda90
 class GradientStudy(VisionTargets):
     "Parameters of functional_gradient.ipynb."
+
     seeds: Seeds = 5
     taus: Annotated[list[float], numbers(float, "taus", 1e-6)] = [1.0, 2.0, 4.0]
     inputs: int = Field(64, ge=2)
     classes: int = Field(10, ge=2)
+
 
 def teacher_pull(p):
     """What the trained teachers of a `GradientStudy` p add to a gradient: a DataFrame, a row a (seed, part, tau).
@@ -60,14 +64,34 @@ def teacher_pull(p):
         for name, (x, y) in (("train", prepared.train), ("test", prepared.test)):
             z = predict(teacher, x)
             right = z.argmax(1) == y
-            for part, chosen in ((("train", torch.ones_like(right)),) if name == "train" else (("test right", right), ("test wrong", ~right))):
-                if chosen.any(): rows += [{"seed": seed, "part": part, "tau": tau, "n": int(chosen.sum()), **_mass(z[chosen].double() / tau, y[chosen])} for tau in p.taus]
+            for part, chosen in (
+                (("train", torch.ones_like(right)),)
+                if name == "train"
+                else (("test right", right), ("test wrong", ~right))
+            ):
+                if chosen.any():
+                    rows += [
+                        {
+                            "seed": seed,
+                            "part": part,
+                            "tau": tau,
+                            "n": int(chosen.sum()),
+                            **_mass(z[chosen].double() / tau, y[chosen]),
+                        }
+                        for tau in p.taus
+                    ]
     return pd.DataFrame(rows)
+
 
 def _mass(z, y):
     q, hot = z.softmax(1), F.one_hot(y, z.shape[1])
     wrong = q * (1 - hot)
-    return {"pull": (hot - q).abs().sum(1).mean().item(), "wrong_mass": wrong.sum(1).mean().item(), "top_wrong": wrong.amax(1).mean().item()}
+    return {
+        "pull": (hot - q).abs().sum(1).mean().item(),
+        "wrong_mass": wrong.sum(1).mean().item(),
+        "top_wrong": wrong.amax(1).mean().item(),
+    }
+
 
 def plot_pull(records):
     "What teachers add to the gradient by part of the data, and the mass of wrong classes where they are wrong by temperature; returns the figure."
@@ -79,7 +103,11 @@ def plot_pull(records):
     left.set_xticks(range(len(parts)), parts)
     left.set(ylabel="‖y − p_T‖₁", xlim=(-0.5, len(parts) - 0.5))
     wrong = records[records.part == "test wrong"]
-    for y, name, colour in (("wrong_mass", "all wrong classes", COLOURS["test"]), ("top_wrong", "the likeliest of them", COLOURS["noise"])): seed_line(right, wrong, "tau", y, colour, name)
+    for y, name, colour in (
+        ("wrong_mass", "all wrong classes", COLOURS["test"]),
+        ("top_wrong", "the likeliest of them", COLOURS["noise"]),
+    ):
+        seed_line(right, wrong, "tau", y, colour, name)
     right.set(xlabel="temperature", ylabel="teacher's probability,\nwhere it is wrong")
     right.legend(fontsize="small")
     return fig

@@ -20,6 +20,7 @@ import torch
 # %% ../../nbs/functional/01_metrics.ipynb #1e9b61e7
 _ROWS = 2048
 
+
 def check_logits(a, b, finite=False):
     """Logits `a` and `b` of two models on the same inputs, as tensors; ValueError of one sentence unless they can be compared.
 
@@ -27,16 +28,27 @@ def check_logits(a, b, finite=False):
     """
     a, b = (torch.as_tensor(z).detach() for z in (a, b))
     for z in (a, b):
-        if z.dim() != 2: raise ValueError(f"logits must be (inputs, classes), not of shape {tuple(z.shape)}")
-    if a.shape != b.shape: raise ValueError(f"the two models' logits must be of one shape, not {tuple(a.shape)} and {tuple(b.shape)}: ask both about the same inputs and classes")
-    if len(a) == 0: raise ValueError("there must be at least one input to compare two models on")
-    if a.shape[1] < 2: raise ValueError("logits must be of at least two classes: with one, all models agree")
+        if z.dim() != 2:
+            raise ValueError(f"logits must be (inputs, classes), not of shape {tuple(z.shape)}")
+    if a.shape != b.shape:
+        raise ValueError(
+            f"the two models' logits must be of one shape, not {tuple(a.shape)} and {tuple(b.shape)}: ask both about the same inputs and classes"
+        )
+    if len(a) == 0:
+        raise ValueError("there must be at least one input to compare two models on")
+    if a.shape[1] < 2:
+        raise ValueError("logits must be of at least two classes: with one, all models agree")
     for z in (a, b):
-        if z.isnan().any(): raise ValueError("logits must not be NaN: the model has diverged, or its inputs hold NaN")
-        if (z == math.inf).any(): raise ValueError("logits must not be plus infinity, which has no softmax")
-        if finite and z.isinf().any(): raise ValueError("logits must be finite here: minus infinity has no distance to anything")
-        if (z == -math.inf).all(1).any(): raise ValueError("an input whose logits are all minus infinity has no softmax")
+        if z.isnan().any():
+            raise ValueError("logits must not be NaN: the model has diverged, or its inputs hold NaN")
+        if (z == math.inf).any():
+            raise ValueError("logits must not be plus infinity, which has no softmax")
+        if finite and z.isinf().any():
+            raise ValueError("logits must be finite here: minus infinity has no distance to anything")
+        if (z == -math.inf).all(1).any():
+            raise ValueError("an input whose logits are all minus infinity has no softmax")
     return a, b.to(a.device)
+
 
 def _mean_over_rows(a, b, per_row):
     "Mean of `per_row(a, b)` over inputs, in double precision, `_ROWS` inputs at a time."
@@ -51,17 +63,21 @@ def activation_distance(a, b):
     """
     return _mean_over_rows(a, b, lambda x, y: (x.double().softmax(1) - y.double().softmax(1)).norm(dim=1))
 
+
 def js_divergence(a, b):
     """Mean Jensen-Shannon divergence between the softmaxes of logits `a` and `b`, (N, C) each: 0 to log 2, in nats.
 
     Finite with zero probabilities. ValueError as in `check_logits`. Source: Functional Perspective, section 3.1 (Lin 1991).
     """
+
     def per_row(x, y):
         p, q = x.double().log_softmax(1), y.double().log_softmax(1)
         middle = torch.logaddexp(p, q) - math.log(2)
         term = lambda l: torch.where(l.exp() > 0, l.exp() * (l - middle), 0.0).sum(1)
-        return (term(p) + term(q)).clamp_min(0) / 2               # equal answers round to either side of 0
+        return (term(p) + term(q)).clamp_min(0) / 2  # equal answers round to either side of 0
+
     return _mean_over_rows(a, b, per_row)
+
 
 def rank_disagreement(a, b):
     """Share of places in the order of classes, most likely first, at which logits `a` and `b` have different classes: 0 to 1.
@@ -71,6 +87,7 @@ def rank_disagreement(a, b):
     """
     order = lambda z: z.argsort(stable=True, dim=1, descending=True)
     return _mean_over_rows(a, b, lambda x, y: (order(x) != order(y)).double().mean(1))
+
 
 def prediction_disagreement(a, b):
     """Share of inputs whose most likely classes differ between logits `a` and `b`, (N, C) each: 0 to 1.
@@ -87,8 +104,11 @@ def variation_of_information(a, b):
     """
     a, b = check_logits(a, b)
     x, y = a.argmax(1), b.argmax(1)
-    entropy = lambda labels: torch.special.entr(labels.unique(return_counts=True)[1].double() / len(labels)).sum().item()
+    entropy = lambda labels: (
+        torch.special.entr(labels.unique(return_counts=True)[1].double() / len(labels)).sum().item()
+    )
     return max(0.0, 2 * entropy(x * a.shape[1] + y) - entropy(x) - entropy(y))
+
 
 def procrustes_distance(a, b):
     """Orthogonal Procrustes distance between logits `a` and `b`, (N, C) each, centred and of Frobenius norm 1: 0 to 2.
@@ -97,15 +117,26 @@ def procrustes_distance(a, b):
     gives every input the same logits. Source: Functional Perspective, Appendix A (Schönemann 1966; Ding et al. 2021).
     """
     a, b = check_logits(a, b, finite=True)
+
     def unit(z):
         z = z.double() - z.double().mean(0)
-        if not z.norm() > 0: raise ValueError("a model that gives every input the same logits has no Procrustes distance: its cloud is one point")
+        if not z.norm() > 0:
+            raise ValueError(
+                "a model that gives every input the same logits has no Procrustes distance: its cloud is one point"
+            )
         return z / z.norm()
+
     return max(0.0, 2 - 2 * torch.linalg.svdvals(unit(a).T @ unit(b)).sum().item())
 
-METRICS = {"activation_distance": activation_distance, "rank_disagreement": rank_disagreement, "prediction_disagreement": prediction_disagreement,
-           "js_divergence": js_divergence}                                # those that decide whether anything transferred
+
+METRICS = {
+    "activation_distance": activation_distance,
+    "rank_disagreement": rank_disagreement,
+    "prediction_disagreement": prediction_disagreement,
+    "js_divergence": js_divergence,
+}  # those that decide whether anything transferred
 MORE_METRICS = {"variation_of_information": variation_of_information, "procrustes_distance": procrustes_distance}
+
 
 def functional_metrics(a, b):
     "All six distances between logits `a` and `b`, (N, C) each: {name: value}; lower is nearer. ValueError as in each."
@@ -114,14 +145,18 @@ def functional_metrics(a, b):
 # %% ../../nbs/functional/01_metrics.ipynb #1cde551c
 class Agreement(NamedTuple):
     "Shares of equal predictions, 0 to 1, on inputs that the teacher gets right and wrong."
+
     correct: float
     incorrect: float
 
+
 class AgreementDeltas(NamedTuple):
     "How much more a student agrees with its teacher than a control does (-1 to 1), on the teacher's right and wrong answers, and the kind of transfer."
+
     correct: float
     incorrect: float
     kind: str
+
 
 def agreement_rates(model, teacher, labels):
     """How often `model` predicts what `teacher` predicts, where the teacher is right and where it is wrong: an `Agreement`.
@@ -131,16 +166,32 @@ def agreement_rates(model, teacher, labels):
     """
     model, teacher = check_logits(model, teacher)
     labels = torch.as_tensor(labels).to(model.device)
-    if labels.shape != model.shape[:1] or labels.is_floating_point(): raise ValueError(f"labels must be {len(model)} whole numbers, one an input, not {labels.dtype} of shape {tuple(labels.shape)}")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < model.shape[1]: raise ValueError(f"labels must lie between 0 and {model.shape[1] - 1}, not between {int(labels.min())} and {int(labels.max())}")
+    if labels.shape != model.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be {len(model)} whole numbers, one an input, not {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if not 0 <= int(labels.min()) <= int(labels.max()) < model.shape[1]:
+        raise ValueError(
+            f"labels must lie between 0 and {model.shape[1] - 1}, not between {int(labels.min())} and {int(labels.max())}"
+        )
     same, right = model.argmax(1) == teacher.argmax(1), teacher.argmax(1) == labels
-    if right.all(): raise ValueError("the teacher makes no errors on these inputs, so agreement with its errors is undefined: ask about more inputs")
-    if not right.any(): raise ValueError("the teacher is never right on these inputs, so agreement where it is right is undefined: ask about more inputs")
+    if right.all():
+        raise ValueError(
+            "the teacher makes no errors on these inputs, so agreement with its errors is undefined: ask about more inputs"
+        )
+    if not right.any():
+        raise ValueError(
+            "the teacher is never right on these inputs, so agreement where it is right is undefined: ask about more inputs"
+        )
     return Agreement(same[right].double().mean().item(), same[~right].double().mean().item())
+
 
 def transfer_kind(correct, incorrect):
     "The kind of transfer by its two deltas: negative asymmetric, symmetric or positive asymmetric (equations 4 to 6)."
-    return "negative asymmetric" if correct < incorrect else "positive asymmetric" if correct > incorrect else "symmetric"
+    return (
+        "negative asymmetric" if correct < incorrect else "positive asymmetric" if correct > incorrect else "symmetric"
+    )
+
 
 def agreement_deltas(student, control, teacher, labels):
     """How much more `student` agrees with `teacher` than `control` does, and the kind of transfer: an `AgreementDeltas`.
@@ -149,24 +200,37 @@ def agreement_deltas(student, control, teacher, labels):
     Source: Functional Perspective, equations 2 to 6.
     """
     s, b = agreement_rates(student, teacher, labels), agreement_rates(control, teacher, labels)
-    return AgreementDeltas(s.correct - b.correct, s.incorrect - b.incorrect, transfer_kind(s.correct - b.correct, s.incorrect - b.incorrect))
+    return AgreementDeltas(
+        s.correct - b.correct,
+        s.incorrect - b.incorrect,
+        transfer_kind(s.correct - b.correct, s.incorrect - b.incorrect),
+    )
 
 # %% ../../nbs/functional/01_metrics.ipynb #0cdcf524
-MIN_PAIRS = 5                # 2^-5 is the first below 0.05
+MIN_PAIRS = 5  # 2^-5 is the first below 0.05
+
 
 class TransferTest(NamedTuple):
     "`verdict` (supported, marginal, not supported), `metrics` {name: counts}, `improvement` (median share over metrics), `tests` (DataFrame, a row a metric and control)."
+
     verdict: str
     metrics: dict
     improvement: float
     tests: pd.DataFrame
 
+
 def _paired(student, control, what):
     s, c = (np.asarray(v, float) for v in (student, control))
-    if s.ndim != 1 or s.shape != c.shape: raise ValueError(f"{what}: runs must come in pairs, one value each, not in shapes {s.shape} and {c.shape}")
-    if len(s) < MIN_PAIRS: raise ValueError(f"{what}: {len(s)} pairs are too few for a Wilcoxon test, whose p-value then can't be below {2.0**-len(s):g}: {MIN_PAIRS} are needed")
-    if not (np.isfinite(s).all() and np.isfinite(c).all()): raise ValueError(f"{what}: values must be finite numbers")
+    if s.ndim != 1 or s.shape != c.shape:
+        raise ValueError(f"{what}: runs must come in pairs, one value each, not in shapes {s.shape} and {c.shape}")
+    if len(s) < MIN_PAIRS:
+        raise ValueError(
+            f"{what}: {len(s)} pairs are too few for a Wilcoxon test, whose p-value then can't be below {2.0 ** -len(s):g}: {MIN_PAIRS} are needed"
+        )
+    if not (np.isfinite(s).all() and np.isfinite(c).all()):
+        raise ValueError(f"{what}: values must be finite numbers")
     return s, c
+
 
 def wilcoxon_p(student, control, higher=False, what="the test"):
     """One-sided p-value that paired `student` values are lower (`higher`: higher) than `control` values: Wilcoxon's signed-rank test, from scipy.
@@ -176,11 +240,13 @@ def wilcoxon_p(student, control, higher=False, what="the test"):
     """
     s, c = _paired(student, control, what)
     d = c - s if not higher else s - c
-    d[np.abs(d) <= 1e-12 * np.maximum(np.abs(s), np.abs(c))] = 0           # rounding is no difference
-    if not d.any(): return 1.0
+    d[np.abs(d) <= 1e-12 * np.maximum(np.abs(s), np.abs(c))] = 0  # rounding is no difference
+    if not d.any():
+        return 1.0
     tied = (d == 0).any() or len(np.unique(np.abs(d))) < len(d)
     method = stats.PermutationMethod(n_resamples=np.inf) if tied and len(d) <= 12 else "auto"
     return float(stats.wilcoxon(d, alternative="greater", method=method).pvalue)
+
 
 def transfer_test(students, controls, level=0.05, margin=0.05):
     """Whether `students` are nearer to their teacher than every one of `controls`: a `TransferTest`.
@@ -190,15 +256,33 @@ def transfer_test(students, controls, level=0.05, margin=0.05):
     5 pairs, values that are unpaired or not finite. Source: Functional Perspective, section 3.3; the margin is ours.
     """
     metrics = list(students)
-    if not metrics or not len(controls): raise ValueError("transfer_test needs at least one metric and one control")
+    if not metrics or not len(controls):
+        raise ValueError("transfer_test needs at least one metric and one control")
     for name, control in controls.items():
-        if lacks := [m for m in metrics if m not in control]: raise ValueError(f"control {name} lacks the metric {lacks[0]}")
-    tests = pd.DataFrame([{"metric": m, "control": name, "student": np.mean(students[m]), "control_mean": np.mean(control[m]),
-                           "p": wilcoxon_p(students[m], control[m], what=f"{m} against {name}")} for m in metrics for name, control in controls.items()])
+        if lacks := [m for m in metrics if m not in control]:
+            raise ValueError(f"control {name} lacks the metric {lacks[0]}")
+    tests = pd.DataFrame(
+        [
+            {
+                "metric": m,
+                "control": name,
+                "student": np.mean(students[m]),
+                "control_mean": np.mean(control[m]),
+                "p": wilcoxon_p(students[m], control[m], what=f"{m} against {name}"),
+            }
+            for m in metrics
+            for name, control in controls.items()
+        ]
+    )
     tests["p_adjusted"] = stats.false_discovery_control(tests.p, method="bh")
     tests["significant"] = (tests.p_adjusted <= level) & (tests.student < tests.control_mean)
     counts = {m: bool(part.significant.all()) for m, part in tests.groupby("metric", sort=False)}
     best = tests.groupby("metric", sort=False)[["student", "control_mean"]].min()
     improvement = float((1 - best.student / best.control_mean.where(best.control_mean > 0)).fillna(0).median())
     supported = sum(counts.values()) > len(counts) / 2
-    return TransferTest("not supported" if not supported else "marginal" if improvement < margin else "supported", counts, improvement, tests)
+    return TransferTest(
+        "not supported" if not supported else "marginal" if improvement < margin else "supported",
+        counts,
+        improvement,
+        tests,
+    )

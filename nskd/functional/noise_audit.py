@@ -31,6 +31,7 @@ from ..norms import bn_mode
 # %% ../../nbs/functional/04_noise_audit.ipynb #85b7221e
 class NoiseAudit(Sweep):
     "Parameters of functional_noise.ipynb."
+
     absent: ClassVar[tuple] = ("k", "alpha", "budget_seconds")
     norms: Annotated[list[str], each_of(("bn", "ln"), "a norm")] = ["bn", "ln"]
     ks: Annotated[list[int], numbers(int, "ks", 1)] = [1, 4, 8]
@@ -42,18 +43,32 @@ class NoiseAudit(Sweep):
 
     @model_validator(mode="after")
     def _holds(self):
-        if "bn" in self.norms and not {1, 4} <= set(self.ks): raise ValueError(f"ks must hold 1 (Gaussian + CS) and 4 (NormShift-KD), which the claims are about, and {self.ks} do not")
-        if "ln" in self.norms and not {0.0, 0.5} <= set(self.alphas): raise ValueError(f"alphas must hold 0 and 0.5, which the claims are about, and {self.alphas} do not")
-        if len(self.seed_list()) < MIN_PAIRS: raise ValueError(f"{len(self.seed_list())} seeds are too few for a Wilcoxon test: {MIN_PAIRS} are needed")
+        if "bn" in self.norms and not {1, 4} <= set(self.ks):
+            raise ValueError(
+                f"ks must hold 1 (Gaussian + CS) and 4 (NormShift-KD), which the claims are about, and {self.ks} do not"
+            )
+        if "ln" in self.norms and not {0.0, 0.5} <= set(self.alphas):
+            raise ValueError(f"alphas must hold 0 and 0.5, which the claims are about, and {self.alphas} do not")
+        if len(self.seed_list()) < MIN_PAIRS:
+            raise ValueError(f"{len(self.seed_list())} seeds are too few for a Wilcoxon test: {MIN_PAIRS} are needed")
         return self
 
     def plan(self):
         "(labels, cell) of every noise student: BN teachers by k, LN teachers by α at k = 4."
         settings = {"bn": [dict(k=k) for k in self.ks], "ln": [dict(k=4, alpha=a) for a in self.alphas]}
-        return [({"setting": setting_name(norm, **s)}, self.one(seed, norm, "gaussian_cs" if s == dict(k=1) else "normshift", options=s))
-                for seed in self.seed_list() for norm in self.norms for s in settings[norm]]
+        return [
+            (
+                {"setting": setting_name(norm, **s)},
+                self.one(seed, norm, "gaussian_cs" if s == dict(k=1) else "normshift", options=s),
+            )
+            for seed in self.seed_list()
+            for norm in self.norms
+            for s in settings[norm]
+        ]
 
-def setting_name(norm, k, alpha=None): return f"BN, k = {k}" if norm == "bn" else f"LN, α = {alpha:g}"
+
+def setting_name(norm, k, alpha=None):
+    return f"BN, k = {k}" if norm == "bn" else f"LN, α = {alpha:g}"
 
 # %% ../../nbs/functional/04_noise_audit.ipynb #adceb0c8
 @torch.no_grad()
@@ -67,6 +82,7 @@ def answers(net, images, mode="cs", batch_size=256):
             found[idx] = z
     return found
 
+
 def real_student(p, cell):
     """Test answers in CS mode of the student of `cell`, trained by real images and labels, every `p.real_every` steps: (points, N, classes), from the cache if it was trained before.
 
@@ -74,24 +90,44 @@ def real_student(p, cell):
     """
     ds, device = load_dataset(p.dataset), pick_device(p.device)
     net, model = new_student(cell, ds)
-    config = {"student": model, "data": ds.fingerprint, "steps": p.real_steps, "every": p.real_every, "batch_size": p.batch_size, "lr": p.lr, "seed": cell.seed, "device": device.type}
+    config = {
+        "student": model,
+        "data": ds.fingerprint,
+        "steps": p.real_steps,
+        "every": p.real_every,
+        "batch_size": p.batch_size,
+        "lr": p.lr,
+        "seed": cell.seed,
+        "device": device.type,
+    }
+
     def make(directory):
-        with threads(1): points = _on_labels(net.to(device), ds, p, cell.seed, device)
+        with threads(1):
+            points = _on_labels(net.to(device), ds, p, cell.seed, device)
         save_tensors(directory / "answers.safetensors", {"answers": torch.stack(points)})
         return {"seed": cell.seed}
-    record = cached("functional-real", config, make, label=f"{p.student}-{cell.seed}", files=["answers.safetensors"], device=device)
+
+    record = cached(
+        "functional-real", config, make, label=f"{p.student}-{cell.seed}", files=["answers.safetensors"], device=device
+    )
     return load_tensors(f"{record['directory']}/answers.safetensors")["answers"]
+
 
 def _on_labels(net, ds, p, seed, device):
     opt, g, points, step = torch.optim.Adam(net.parameters(), p.lr), torch.Generator().manual_seed(seed), [], 0
     while True:
         for x, y in ds.batches("train", min(p.batch_size, len(ds.train_labels)), generator=g):
-            if step == p.real_steps: return points
+            if step == p.real_steps:
+                return points
             net.train()
             loss = F.cross_entropy(net(x.to(device)), y.to(device))
-            opt.zero_grad(); loss.backward(); opt.step()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
             step += 1
-            if step % p.real_every == 0 or step == p.real_steps: points.append(answers(net.eval(), ds.test_images))
+            if step % p.real_every == 0 or step == p.real_steps:
+                points.append(answers(net.eval(), ds.test_images))
+
 
 def nearest_accuracy(points, labels, accuracy):
     "Of answers at several steps (points, N, C), those whose accuracy (0 to 1) is nearest to `accuracy`."
@@ -108,40 +144,95 @@ def audit_noise_students(p):
     plan, ds = p.plan(), load_dataset(p.dataset)
     students = run_sweep(plan, p.workers)
     first = {cell.seed: cell for _, cell in reversed(plan)}
-    real = dict(zip(first, run_parallel(_real_of, [(p, c) for c in first.values()], pick_workers(p.workers, p.device, len(first)), desc="real students")))
+    real = dict(
+        zip(
+            first,
+            run_parallel(
+                _real_of,
+                [(p, c) for c in first.values()],
+                pick_workers(p.workers, p.device, len(first)),
+                desc="real students",
+            ),
+        )
+    )
     own, rows = {}, []
-    for (labels, cell), directory in zip(plan, students.directory): own[cell.seed, labels["setting"]] = answers(cell_student(cell, ds, directory), ds.test_images)
+    for (labels, cell), directory in zip(plan, students.directory):
+        own[cell.seed, labels["setting"]] = answers(cell_student(cell, ds, directory), ds.test_images)
     for labels, cell in plan:
         teacher, at = answers(cell_teacher(cell, ds), ds.test_images, "rs"), labels["setting"]
         mine = own[cell.seed, at]
         compare = lambda z: _compare(z, teacher, ds.test_labels)
-        others = pd.DataFrame([compare(z) for (seed, setting), z in own.items() if setting == at and seed != cell.seed]).mean()
-        for model, found in (("noise", compare(mine)), ("real", compare(nearest_accuracy(real[cell.seed], ds.test_labels, (mine.argmax(1) == ds.test_labels).double().mean()))), ("other", others.to_dict())):
-            rows.append({"seed": cell.seed, "setting": at, "norm": cell.norm, "model": model, **found, "teacher_accuracy": _share(teacher, ds.test_labels)})
+        others = pd.DataFrame(
+            [compare(z) for (seed, setting), z in own.items() if setting == at and seed != cell.seed]
+        ).mean()
+        for model, found in (
+            ("noise", compare(mine)),
+            (
+                "real",
+                compare(
+                    nearest_accuracy(
+                        real[cell.seed], ds.test_labels, (mine.argmax(1) == ds.test_labels).double().mean()
+                    )
+                ),
+            ),
+            ("other", others.to_dict()),
+        ):
+            rows.append(
+                {
+                    "seed": cell.seed,
+                    "setting": at,
+                    "norm": cell.norm,
+                    "model": model,
+                    **found,
+                    "teacher_accuracy": _share(teacher, ds.test_labels),
+                }
+            )
     return pd.DataFrame(rows)
 
-def _real_of(job): return real_student(*job)
 
-def _share(z, labels): return (z.argmax(1) == labels).double().mean().item()
+def _real_of(job):
+    return real_student(*job)
+
+
+def _share(z, labels):
+    return (z.argmax(1) == labels).double().mean().item()
+
 
 def _compare(z, teacher, labels):
     agree = agreement_rates(z, teacher, labels)
-    return {**functional_metrics(teacher, z), "agreement_correct": agree.correct, "agreement_incorrect": agree.incorrect, "accuracy": _share(z, labels)}
+    return {
+        **functional_metrics(teacher, z),
+        "agreement_correct": agree.correct,
+        "agreement_incorrect": agree.incorrect,
+        "accuracy": _share(z, labels),
+    }
+
 
 def gap(records, setting, control, value="agreement_incorrect", scale=100):
     "By how much the noise students' `value` exceeds that of `control`, by seed; `scale` 100 makes points of shares."
     of = lambda model: records[(records.setting == setting) & (records.model == model)].set_index("seed")[value]
     return scale * (of("noise") - of(control))
 
+
 def audit_test(records, setting):
     "`nskd.functional.metrics.transfer_test` of the noise students of one setting against both controls."
-    of = lambda model: records[(records.setting == setting) & (records.model == model)].sort_values("seed")[list(METRICS)]
+    of = lambda model: records[(records.setting == setting) & (records.model == model)].sort_values("seed")[
+        list(METRICS)
+    ]
     return transfer_test(of("noise"), {"real": of("real"), "other": of("other")})
+
 
 def plot_audit(records):
     "Agreement with the teacher's errors by setting, of noise students and both controls: bars are means, dots are seeds; returns the figure."
     use_style()
-    settings, models = list(dict.fromkeys(records.setting)), (("noise", "student of noise", COLOURS["normshift"]), ("real", "real images, equal accuracy", COLOURS["train"]), ("other", "noise, other teachers", COLOURS["gaussian_rs"]))
+    settings, models = (
+        list(dict.fromkeys(records.setting)),
+        (
+            ("noise", "student of noise", COLOURS["normshift"]),
+            ("real", "real images, equal accuracy", COLOURS["train"]),
+            ("other", "noise, other teachers", COLOURS["gaussian_rs"]),
+        ),
+    )
     fig, ax = plt.subplots(figsize=(1.1 * len(settings) + 1.5, 2.9))
     for shift, (model, name, colour) in zip((-0.27, 0, 0.27), models):
         for i, s in enumerate(settings):

@@ -31,15 +31,19 @@ from ..samplers import rejection_sample
 # %% ../../nbs/functional/02_students.ipynb #c541a746
 KINDS = ("siddo", "kd", "rcd", "ls")
 
+
 class Student(NamedTuple):
     "One network of the study: its condition (`kind` of `KINDS`, weight `alpha` of the soft target), and the `seed` of its data order."
+
     kind: str
     alpha: float
     seed: int
 
+
 def conditions(alphas=(0.1, 0.5, 0.9), smoothing=True):
     "The (kind, α) of the study: SIDDO, then KD, RCD and, with `smoothing`, label smoothing at each of `alphas`."
     return [("siddo", 0.0), *((kind, a) for kind in ("kd", "rcd", *(["ls"] if smoothing else [])) for a in alphas)]
+
 
 def condition_loss(logits, labels, teacher_logits, kind, alpha, tau=1.0):
     """What a student of condition `kind` minimises, in nats, mean over all predictions.
@@ -49,41 +53,56 @@ def condition_loss(logits, labels, teacher_logits, kind, alpha, tau=1.0):
     """
     one_of(kind, KINDS, "the condition")
     logits, labels = logits.flatten(0, -2), labels.flatten()
-    if kind == "ls": return F.cross_entropy(logits, labels, label_smoothing=alpha)
+    if kind == "ls":
+        return F.cross_entropy(logits, labels, label_smoothing=alpha)
     hard = F.cross_entropy(logits, labels)
-    if kind == "siddo": return hard
+    if kind == "siddo":
+        return hard
     target = torch.zeros_like(logits) if kind == "rcd" else teacher_logits.detach().flatten(0, -2)
-    soft = F.kl_div(F.log_softmax(logits / tau, 1), F.log_softmax(target / tau, 1), reduction="batchmean", log_target=True)
+    soft = F.kl_div(
+        F.log_softmax(logits / tau, 1), F.log_softmax(target / tau, 1), reduction="batchmean", log_target=True
+    )
     return (1 - alpha) * hard + alpha * soft
 
 # %% ../../nbs/functional/02_students.ipynb #1304165e
 class Task(Config):
     "What all tasks share: how long to train, on how much at a time, and how. A task also has `build`, `order`, `fetch` and `test`."
+
     steps: int = Field(300, ge=1)
     batch_size: int = Field(64, ge=2)
     lr: float = Field(1e-3, gt=0)
     tau: float = Field(1.0, gt=0)
 
+
 class ImageTask(Task):
     "Classify images of `dataset` by `network`; see `nskd.data.load_dataset` and `nskd.models.create_model`."
+
     dataset: str = "digits"
     network: str = "r18"
     width: float | None = 4
-    train_images: int | None = Field(None, ge=2)       # None: all
+    train_images: int | None = Field(None, ge=2)  # None: all
 
     def prepare(self):
         "The data in memory, and the test set."
         ds = load_dataset(self.dataset)
         n = len(ds.train_labels)
-        if self.train_images is not None and self.train_images > n: raise ValueError(f"train_images must be at most the {n:,} of {ds.name}, not {self.train_images:,}")
-        if self.batch_size > (self.train_images or n): raise ValueError(f"a batch of {self.batch_size} is more than the {self.train_images or n} training images")
+        if self.train_images is not None and self.train_images > n:
+            raise ValueError(f"train_images must be at most the {n:,} of {ds.name}, not {self.train_images:,}")
+        if self.batch_size > (self.train_images or n):
+            raise ValueError(f"a batch of {self.batch_size} is more than the {self.train_images or n} training images")
         return PreparedImages(self, ds)
+
 
 class PreparedImages:
     "An `ImageTask` with its data; `shape` is (C, H, W)."
+
     def __init__(self, task, ds):
         n, x, y = len(ds.train_labels), ds.train_images, ds.train_labels
-        chosen = torch.arange(n) if task.train_images in (None, n) else rejection_sample(y, task.train_images, ds.num_classes, generator=torch.Generator().manual_seed(0))
+        chosen = (
+            torch.arange(n)
+            if task.train_images in (None, n)
+            else rejection_sample(y, task.train_images, ds.num_classes, generator=torch.Generator().manual_seed(0))
+        )
         rest = torch.ones(n, dtype=torch.bool).index_fill_(0, chosen, False)
         self.task, self.ds, self.images, self.labels = task, ds, x[chosen], y[chosen]
         self.test = torch.cat((ds.test_images, x[rest])), torch.cat((ds.test_labels, y[rest]))
@@ -92,22 +111,35 @@ class PreparedImages:
 
     def build(self, seed):
         "The untrained network of `seed`."
-        return create_model(self.task.network, self.ds.num_classes, self.ds.channels, self.ds.image_size, width=self.task.width, seed=seed)
+        return create_model(
+            self.task.network,
+            self.ds.num_classes,
+            self.ds.channels,
+            self.ds.image_size,
+            width=self.task.width,
+            seed=seed,
+        )
 
     def order(self, seed):
         "Indices of the training images, (steps, batch): epochs of random order, the incomplete last batch left out."
         g, n, b = torch.Generator().manual_seed(seed), len(self.labels), self.task.batch_size
         epochs = -(-self.task.steps // (n // b))
-        return torch.cat([torch.randperm(n, generator=g)[:n // b * b].view(-1, b) for _ in range(epochs)])[:self.task.steps]
+        return torch.cat([torch.randperm(n, generator=g)[: n // b * b].view(-1, b) for _ in range(epochs)])[
+            : self.task.steps
+        ]
 
     def fetch(self, indices):
         "Images and labels of a batch, or of a stack of batches."
         return self.images[indices], self.labels[indices]
 
 # %% ../../nbs/functional/02_students.ipynb #9f36c0b7
-def _has_dropout(net): return any(getattr(m, "p", 0) > 0 for m in net.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
+def _has_dropout(net):
+    return any(getattr(m, "p", 0) > 0 for m in net.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
 
-def train_students(task, init_seed, students, teacher=None, way="stacked", device="cpu", watch=None, dtype=torch.float32):
+
+def train_students(
+    task, init_seed, students, teacher=None, way="stacked", device="cpu", watch=None, dtype=torch.float32
+):
     """Train one network for each `Student`, all from the weights of `init_seed`; a list of networks in evaluation mode.
 
     `task`: a prepared one. `teacher`: a network in evaluation mode, needed where a condition is KD. `way`: "stacked" (all at once) or "single" (one by one);
@@ -115,67 +147,101 @@ def train_students(task, init_seed, students, teacher=None, way="stacked", devic
     "stacked" networks with dropout, and for KD without a teacher.
     """
     one_of(way, ("stacked", "single"), "way")
-    if teacher is None and any(s.kind == "kd" for s in students): raise ValueError("a student of KD needs a teacher")
-    if way == "single": return [net for s in students for net in _train_stack(task, init_seed, [s], teacher, device, watch, dtype, single=True)]
+    if teacher is None and any(s.kind == "kd" for s in students):
+        raise ValueError("a student of KD needs a teacher")
+    if way == "single":
+        return [
+            net
+            for s in students
+            for net in _train_stack(task, init_seed, [s], teacher, device, watch, dtype, single=True)
+        ]
     return _train_stack(task, init_seed, students, teacher, device, watch, dtype, single=False)
+
 
 def _train_stack(task, init_seed, students, teacher, device, watch, dtype, single):
     nets = [task.build(init_seed).to(device, dtype).train() for _ in students]
-    if not single and _has_dropout(nets[0]): raise ValueError("networks with dropout can't be stacked, since their masks would be others: give way='single'")
+    if not single and _has_dropout(nets[0]):
+        raise ValueError("networks with dropout can't be stacked, since their masks would be others: give way='single'")
     forward, weights, collect = (_alone if single else _together)(nets)
     seeds = sorted({s.seed for s in students})
     orders, groups = torch.stack([task.order(s) for s in seeds]), _groups(students, seeds, device)
     opt = torch.optim.Adam(weights, task.task.lr)
-    with deterministic(torch.device(device)), torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-        torch.manual_seed(seeds[0])                                            # dropout, when alone
+    with (
+        deterministic(torch.device(device)),
+        torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []),
+    ):
+        torch.manual_seed(seeds[0])  # dropout, when alone
         for step in range(task.task.steps):
-            x, y = task.fetch(orders[:, step])                                 # (S, B, …): a batch for each seed
-            if watch: watch(step, seeds, x)
+            x, y = task.fetch(orders[:, step])  # (S, B, …): a batch for each seed
+            if watch:
+                watch(step, seeds, x)
             x, y = x.to(device), y.to(device)
-            if x.is_floating_point(): x = x.to(dtype)
+            if x.is_floating_point():
+                x = x.to(dtype)
             t = _ask(teacher, x) if teacher is not None else None
-            z = forward(x[groups["which"]])                                    # (M, B, …, C)
+            z = forward(x[groups["which"]])  # (M, B, …, C)
             # a sum over networks: each gets the gradient of its own mean
-            loss = sum(len(rows) * condition_loss(z[rows], y[which], None if t is None else t[which], *condition, task.task.tau)
-                       for condition, (rows, which) in groups["by_condition"].items())
-            opt.zero_grad(); loss.backward(); opt.step()
-    if not torch.isfinite(loss): raise FloatingPointError(f"the students' loss is {loss.item()} after {task.task.steps} steps: lower lr")
+            loss = sum(
+                len(rows)
+                * condition_loss(z[rows], y[which], None if t is None else t[which], *condition, task.task.tau)
+                for condition, (rows, which) in groups["by_condition"].items()
+            )
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the students' loss is {loss.item()} after {task.task.steps} steps: lower lr")
     return [net.eval() for net in collect()]
+
 
 def _groups(students, seeds, device):
     "Which of the `seeds` each student has, and for each condition the rows of its students and their seeds' places."
     which = torch.tensor([seeds.index(s.seed) for s in students], device=device)
-    found = {c: torch.tensor([i for i, s in enumerate(students) if s[:2] == c], device=device) for c in dict.fromkeys(s[:2] for s in students)}
+    found = {
+        c: torch.tensor([i for i, s in enumerate(students) if s[:2] == c], device=device)
+        for c in dict.fromkeys(s[:2] for s in students)
+    }
     return {"which": which, "by_condition": {c: (rows, which[rows]) for c, rows in found.items()}}
 
+
 @torch.no_grad()
-def _ask(teacher, x): return teacher(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+def _ask(teacher, x):
+    return teacher(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
 
 def _alone(nets):
     "One network as a stack of one: its forward, its weights, and itself."
-    net, = nets
+    (net,) = nets
     return lambda x: net(x[0])[None], net.parameters(), lambda: [net]
+
 
 def _together(nets):
     "Many networks as one: a forward of (M, B, …), their stacked weights, and a function that hands the weights back."
     weights, buffers = stack_module_state(nets)
     run = vmap(lambda w, b, x: functional_call(nets[0], (w, b), (x,)))
+
     def collect():
-        for i, net in enumerate(nets): _set_state(net, {name: t[i] for name, t in {**weights, **buffers}.items()})
+        for i, net in enumerate(nets):
+            _set_state(net, {name: t[i] for name, t in {**weights, **buffers}.items()})
         return nets
+
     return lambda x: run(weights, buffers, x), list(weights.values()), collect
+
 
 def _state(net):
     "Weights and buffers of `net`, those that several of its layers share once."
     return dict((*net.named_parameters(), *net.named_buffers()))
 
+
 @torch.no_grad()
 def _set_state(net, state):
-    for name, tensor in _state(net).items(): tensor.copy_(state[name])
+    for name, tensor in _state(net).items():
+        tensor.copy_(state[name])
 
 # %% ../../nbs/functional/02_students.ipynb #663ac663
 class SoftTargets(RunParameters):
     "How the networks of this paper's studies are trained: teachers just as students; the notebooks' own comments say what each is."
+
     absent: ClassVar[tuple] = ("budget_seconds",)
     alphas: Annotated[list[float], BeforeValidator(lambda v: [float(a) for a in as_list(v)])] = [0.1, 0.5, 0.9]
     steps: int = Field(300, ge=1)
@@ -185,49 +251,72 @@ class SoftTargets(RunParameters):
     @field_validator("teacher_epochs")
     @classmethod
     def _as_students(cls, value):
-        if value is not None: raise ValueError("this notebook has no parameter 'teacher_epochs': a teacher is trained as its students are, for 'steps'")
+        if value is not None:
+            raise ValueError(
+                "this notebook has no parameter 'teacher_epochs': a teacher is trained as its students are, for 'steps'"
+            )
 
     @field_validator("alphas")
     @classmethod
     def _alphas(cls, alphas):
-        if not alphas or len(set(alphas)) < len(alphas) or not all(0 < a < 1 for a in alphas): raise ValueError(f"alphas must be different numbers between 0 and 1, such as 0.1,0.5,0.9, not {alphas}")
+        if not alphas or len(set(alphas)) < len(alphas) or not all(0 < a < 1 for a in alphas):
+            raise ValueError(f"alphas must be different numbers between 0 and 1, such as 0.1,0.5,0.9, not {alphas}")
         return sorted(alphas)
+
 
 class FunctionalStudy(SoftTargets):
     "A study of students and their controls."
+
     teacher_seeds: Seeds = [0, 1, 2]
     seeds: Seeds = list(range(10, 20))
-    stack: int = Field(5, ge=1)                          # student seeds in one process
+    stack: int = Field(5, ge=1)  # student seeds in one process
     way: Literal["stacked", "single"] = "stacked"
 
     @field_validator("seeds")
     @classmethod
     def _enough(cls, seeds):
-        seeds = list(range(10, 10 + seeds)) if isinstance(seeds, int) else seeds            # the paper's students begin at 10
-        if len(seeds) < MIN_PAIRS: raise ValueError(f"{len(seeds)} student seeds are too few for a Wilcoxon test: {MIN_PAIRS} are needed, the paper has 10")
+        seeds = list(range(10, 10 + seeds)) if isinstance(seeds, int) else seeds  # the paper's students begin at 10
+        if len(seeds) < MIN_PAIRS:
+            raise ValueError(
+                f"{len(seeds)} student seeds are too few for a Wilcoxon test: {MIN_PAIRS} are needed, the paper has 10"
+            )
         return seeds
 
     @model_validator(mode="after")
     def _own_order(self):
         # a SIDDO student with its teacher's seed has its data order too, and is the teacher
-        if both := set(self.seeds) & set(self.teacher_list()): raise ValueError(f"student seeds must differ from teacher seeds, and {min(both)} is in both")
+        if both := set(self.seeds) & set(self.teacher_list()):
+            raise ValueError(f"student seeds must differ from teacher seeds, and {min(both)} is in both")
         return self
 
-    def teacher_list(self): return list(range(self.teacher_seeds)) if isinstance(self.teacher_seeds, int) else self.teacher_seeds
+    def teacher_list(self):
+        return list(range(self.teacher_seeds)) if isinstance(self.teacher_seeds, int) else self.teacher_seeds
+
 
 class VisionTargets(SoftTargets):
     "What studies on images have."
+
     narrow: ClassVar[dict] = {**NARROW, "r18": 4, "r34": 4}
     network: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "network"))] = "r18"
     dataset: str = "digits"
     train_images: int | None = Field(900, ge=2)
 
-    def networks(self): return {self.network}
+    def networks(self):
+        return {self.network}
 
-    def task(self): return ImageTask(dataset=self.dataset, network=self.network, width=self.width_of(self.network), train_images=self.train_images,
-                                     steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+    def task(self):
+        return ImageTask(
+            dataset=self.dataset,
+            network=self.network,
+            width=self.width_of(self.network),
+            train_images=self.train_images,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+        )
 
-class VisionStudy(FunctionalStudy, VisionTargets):       # in this order: pydantic takes the first one's defaults
+
+class VisionStudy(FunctionalStudy, VisionTargets):  # in this order: pydantic takes the first one's defaults
     "Parameters of functional_table3.ipynb."
 
 # %% ../../nbs/functional/02_students.ipynb #b0a781bb
@@ -237,39 +326,89 @@ def predict(net, x, rows=1024):
     device = next(net.parameters()).device
     return torch.cat([net(part.to(device)).float().cpu().flatten(0, -2) for part in x.split(rows)])
 
-def _fitness(logits, labels): return {"accuracy": (logits.argmax(1) == labels.flatten()).double().mean().item(), "loss": F.cross_entropy(logits.double(), labels.flatten()).item()}
+
+def _fitness(logits, labels):
+    return {
+        "accuracy": (logits.argmax(1) == labels.flatten()).double().mean().item(),
+        "loss": F.cross_entropy(logits.double(), labels.flatten()).item(),
+    }
+
 
 def _key(task, prepared, device, **more):
-    return {"task": type(task).__name__, **task.model_dump(), "data": prepared.fingerprint, "device": device.type, "threads": 1, **more}
+    return {
+        "task": type(task).__name__,
+        **task.model_dump(),
+        "data": prepared.fingerprint,
+        "device": device.type,
+        "threads": 1,
+        **more,
+    }
+
 
 def study_teacher(task, seed, device="auto"):
     "The teacher of `seed`, trained as SIDDO is with its own seed's order, or from the cache: (network, record with its accuracy and loss on both sets)."
     device, prepared = pick_device(device), task.prepare()
+
     def make(directory):
-        with threads(1): net, = train_students(prepared, seed, [Student("siddo", 0.0, seed)], way="single", device=device)
+        with threads(1):
+            (net,) = train_students(prepared, seed, [Student("siddo", 0.0, seed)], way="single", device=device)
         save_tensors(directory / "weights.safetensors", _state(net))
-        found = {part: _fitness(predict(net, x), y) for part, (x, y) in (("train", prepared.train), ("test", prepared.test))}
-        return {"teacher_seed": seed, "key": tensors_key(_state(net)), **{f"{part}_{k}": v for part, f in found.items() for k, v in f.items()}}
-    record = cached("functional-teachers", _key(task, prepared, device, seed=seed), make, label=f"{type(task).__name__}-{seed}", files=["weights.safetensors"], device=device, code=[type(task)])
+        found = {
+            part: _fitness(predict(net, x), y) for part, (x, y) in (("train", prepared.train), ("test", prepared.test))
+        }
+        return {
+            "teacher_seed": seed,
+            "key": tensors_key(_state(net)),
+            **{f"{part}_{k}": v for part, f in found.items() for k, v in f.items()},
+        }
+
+    record = cached(
+        "functional-teachers",
+        _key(task, prepared, device, seed=seed),
+        make,
+        label=f"{type(task).__name__}-{seed}",
+        files=["weights.safetensors"],
+        device=device,
+        code=[type(task)],
+    )
     net = prepared.build(seed)
     _set_state(net, load_tensors(f"{record['directory']}/weights.safetensors"))
     return net.eval().to(device), record
+
 
 def _stack_of(job):
     "Train one stack of students, or find it: a list of rows."
     task, seed, students, way, device = job
     teacher, about = study_teacher(task, seed, device)
     device, prepared = pick_device(device), task.prepare()
+
     def make(directory):
         x, y = prepared.test
         theirs, rows = predict(teacher, x), []
         for s, net in zip(students, train_students(prepared, seed, students, teacher, way, device)):
             z = predict(net, x)
             agree = agreement_rates(z, theirs, y.flatten())
-            rows.append({**s._asdict(), **functional_metrics(theirs, z), "agreement_correct": agree.correct, "agreement_incorrect": agree.incorrect, **_fitness(z, y)})
+            rows.append(
+                {
+                    **s._asdict(),
+                    **functional_metrics(theirs, z),
+                    "agreement_correct": agree.correct,
+                    "agreement_incorrect": agree.incorrect,
+                    **_fitness(z, y),
+                }
+            )
         return {"rows": rows}
-    made = cached("functional-students", _key(task, prepared, device, teacher=about["key"], students=students, way=way), make, label=f"{type(task).__name__}-{seed}-{students[0].seed}", device=device, code=[type(task)])
+
+    made = cached(
+        "functional-students",
+        _key(task, prepared, device, teacher=about["key"], students=students, way=way),
+        make,
+        label=f"{type(task).__name__}-{seed}-{students[0].seed}",
+        device=device,
+        code=[type(task)],
+    )
     return [{"teacher_seed": seed, **r} for r in made["rows"]]
+
 
 def run_study(p, task, smoothing="first"):
     """Run a `FunctionalStudy` p on `task`: (students, teachers), DataFrames with a row a network.
@@ -277,14 +416,25 @@ def run_study(p, task, smoothing="first"):
     Students: teacher_seed, kind, alpha, seed, the six distances to the teacher, agreement_correct and agreement_incorrect (0 to 1), accuracy (0 to 1), loss (nats), all on the
     test set. `smoothing`: label smoothing for the "first" teacher only, as in the paper, for "all", or "none".
     """
-    if hasattr(task, "dataset"): load_dataset(task.dataset)                     # a download or an error here, not in every worker
+    if hasattr(task, "dataset"):
+        load_dataset(task.dataset)  # a download or an error here, not in every worker
     first, seeds, jobs = p.teacher_list()[0], p.seed_list(), []
     for t in p.teacher_list():
         conds = conditions(p.alphas, smoothing == "all" or smoothing == "first" and t == first)
-        jobs += [(task, t, [Student(*c, s) for c in conds for s in seeds[i:i + p.stack]], p.way, p.device) for i in range(0, len(seeds), p.stack)]
+        jobs += [
+            (task, t, [Student(*c, s) for c in conds for s in seeds[i : i + p.stack]], p.way, p.device)
+            for i in range(0, len(seeds), p.stack)
+        ]
     workers = pick_workers(p.workers, p.device, len(jobs))
-    teachers = run_parallel(_teacher_of, [(task, t, p.device) for t in p.teacher_list()], min(workers, len(p.teacher_list())), desc="teachers")
+    teachers = run_parallel(
+        _teacher_of,
+        [(task, t, p.device) for t in p.teacher_list()],
+        min(workers, len(p.teacher_list())),
+        desc="teachers",
+    )
     rows = [r for part in run_parallel(_stack_of, jobs, workers, desc="stacks of students") for r in part]
     return pd.DataFrame(rows), pd.DataFrame(teachers).drop(columns=["directory", "cached"])
 
-def _teacher_of(job): return study_teacher(*job)[1]
+
+def _teacher_of(job):
+    return study_teacher(*job)[1]

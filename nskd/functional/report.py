@@ -16,33 +16,50 @@ from ..experiments.statistics import judge, plus_minus
 from .metrics import METRICS, transfer_kind, transfer_test, wilcoxon_p
 
 # %% ../../nbs/functional/06_functional_report.ipynb #18737b02
-TITLES = {"activation_distance": "activation distance ↓", "rank_disagreement": "rank disagreement ↓", "prediction_disagreement": "prediction disagreement ↓", "js_divergence": "JS divergence ↓",
-          "variation_of_information": "variation of information ↓", "procrustes_distance": "Procrustes distance ↓", "accuracy": "accuracy ↑", "loss": "loss ↓"}
+TITLES = {
+    "activation_distance": "activation distance ↓",
+    "rank_disagreement": "rank disagreement ↓",
+    "prediction_disagreement": "prediction disagreement ↓",
+    "js_divergence": "JS divergence ↓",
+    "variation_of_information": "variation of information ↓",
+    "procrustes_distance": "Procrustes distance ↓",
+    "accuracy": "accuracy ↑",
+    "loss": "loss ↓",
+}
+
 
 def condition_name(kind, alpha):
     "How a condition is written in tables: SIDDO, KD 0.5, RCD 0.5, LS 0.5."
     return "SIDDO" if kind == "siddo" else f"{kind.upper()} {alpha:g}"
 
+
 def study_texts(students, teacher_seed):
-    "The students of one teacher as texts for `nskd.experiments.report.beside`: {title: {condition: mean ± standard error}}."
+    "The students of one teacher as texts for `nskd.experiments.report.beside_paper`: {title: {condition: mean ± standard error}}."
     part = students[students.teacher_seed == teacher_seed]
     groups = {condition_name(k, a): rows for (k, a), rows in part.groupby(["kind", "alpha"], sort=False)}
     return {title: {name: plus_minus(rows[m], 3) for name, rows in groups.items()} for m, title in TITLES.items()}
 
+
 def paper_texts(columns, rows):
-    "A printed table as texts for `nskd.experiments.report.beside`: `columns` conditions, `rows` {metric: \"value value …\"}, a value a condition."
+    'A printed table as texts for `nskd.experiments.report.beside_paper`: `columns` conditions, `rows` {metric: "value value …"}, a value a condition.'
     return {TITLES[m]: dict(zip(columns, values.split(), strict=True)) for m, values in rows.items()}
 
 # %% ../../nbs/functional/06_functional_report.ipynb #f2844cdf
 def study_tests(students, level=0.05):
     "A `TransferTest` for each (teacher seed, α) of KD, against SIDDO and RCD at the same α; runs are paired by seed."
-    return {key: transfer_test(own[list(METRICS)], {n: c[list(METRICS)] for n, c in controls.items()}, level) for key, own, controls in _with_controls(students)}
+    return {
+        key: transfer_test(own[list(METRICS)], {n: c[list(METRICS)] for n, c in controls.items()}, level)
+        for key, own, controls in _with_controls(students)
+    }
+
 
 def _with_controls(students):
     "((teacher seed, α), KD's students, {control: its students}), all sorted by seed."
     for t, part in students.groupby("teacher_seed", sort=False):
         of = lambda kind, alpha: part[(part.kind == kind) & (part.alpha == alpha)].sort_values("seed")
-        for alpha in sorted(part[part.kind == "kd"].alpha.unique()): yield (t, alpha), of("kd", alpha), {"SIDDO": of("siddo", 0.0), "RCD": of("rcd", alpha)}
+        for alpha in sorted(part[part.kind == "kd"].alpha.unique()):
+            yield (t, alpha), of("kd", alpha), {"SIDDO": of("siddo", 0.0), "RCD": of("rcd", alpha)}
+
 
 def ticks_table(students, level=0.05):
     """The paper's ✓/✗ table: rows α, a tick or cross a teacher (seeds in order) for each metric, accuracy and loss, and the verdicts.
@@ -54,7 +71,8 @@ def ticks_table(students, level=0.05):
         better = lambda m, higher: all(wilcoxon_p(own[m], c[m], higher) <= level for c in controls.values())
         ticks = {**tests[t, alpha].metrics, "accuracy": better("accuracy", True), "loss": better("loss", False)}
         row = rows.setdefault(f"KD {alpha:g}", {})
-        for m, tick in ticks.items(): row[TITLES[m][:-2]] = row.get(TITLES[m][:-2], "") + ("✓" if tick else "✗")
+        for m, tick in ticks.items():
+            row[TITLES[m][:-2]] = row.get(TITLES[m][:-2], "") + ("✓" if tick else "✗")
         row["transfer"] = ", ".join(filter(None, (row.get("transfer", ""), tests[t, alpha].verdict)))
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -72,14 +90,32 @@ def study_deltas(students):
             best[side] = agreement[agreement.mean().idxmax()]
         for r in part[part.kind == "kd"].itertuples():
             delta = {side: 100 * (getattr(r, f"agreement_{side}") - best[side][r.seed]) for side in best}
-            rows.append({"teacher_seed": t, "alpha": r.alpha, "seed": r.seed, **delta, "asymmetry": delta["incorrect"] - delta["correct"]})
+            rows.append(
+                {
+                    "teacher_seed": t,
+                    "alpha": r.alpha,
+                    "seed": r.seed,
+                    **delta,
+                    "asymmetry": delta["incorrect"] - delta["correct"],
+                }
+            )
     return pd.DataFrame(rows)
+
 
 def deltas_table(deltas):
     "Mean ± standard error of the deltas in points and the kind of transfer, a row a teacher and α."
-    rows = [{"teacher": t, "α": a, "correct": plus_minus(part.correct), "incorrect": plus_minus(part.incorrect), "kind": transfer_kind(part.correct.mean(), part.incorrect.mean())}
-            for (t, a), part in deltas.groupby(["teacher_seed", "alpha"], sort=False)]
+    rows = [
+        {
+            "teacher": t,
+            "α": a,
+            "correct": plus_minus(part.correct),
+            "incorrect": plus_minus(part.incorrect),
+            "kind": transfer_kind(part.correct.mean(), part.incorrect.mean()),
+        }
+        for (t, a), part in deltas.groupby(["teacher_seed", "alpha"], sort=False)
+    ]
     return pd.DataFrame(rows)
+
 
 def plot_deltas(deltas):
     "The deltas by α, correct in blue and incorrect in red, a panel a teacher: bars are means, dots are seeds; returns the figure."
@@ -91,7 +127,8 @@ def plot_deltas(deltas):
             values = [deltas[(deltas.teacher_seed == t) & (deltas.alpha == a)][side] for a in alphas]
             places = np.arange(len(alphas)) + shift
             ax.bar(places, [v.mean() for v in values], 0.38, color=colour, label=f"teacher {side}")
-            for place, v in zip(places, values): ax.plot([place] * len(v), v, ".", markersize=3, color="black", alpha=0.5)
+            for place, v in zip(places, values):
+                ax.plot([place] * len(v), v, ".", markersize=3, color="black", alpha=0.5)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(title=f"teacher {t}", xlabel="α")
         ax.set_xticks(range(len(alphas)), [f"{a:g}" for a in alphas])
@@ -105,10 +142,12 @@ def by_seed(students, metric, kind, alpha):
     part = students[(students.kind == kind) & (students.alpha == alpha)]
     return part.groupby("seed")[metric].mean()
 
+
 def best_alpha(students, metric, kind, higher=False):
     "The α at which `kind` has the best mean of `metric` (lowest, or highest)."
     means = students[students.kind == kind].groupby("alpha")[metric].mean()
     return float(means.idxmax() if higher else means.idxmin())
+
 
 def best_gain(students, metric, kind, other, higher=False):
     "By how much `kind` at its best α beats `other` at its own best, by seed; positive is better."
@@ -116,21 +155,47 @@ def best_gain(students, metric, kind, other, higher=False):
     gain = best(kind) - best(other)
     return gain if higher else -gain
 
+
 def all_supported(tests, alpha):
     "Whether transfer is supported (marginal counts) at `alpha` for all teachers: True, False for none of them, None for some; and the verdicts."
     found = {f"teacher {t}": test.verdict for (t, a), test in tests.items() if a == alpha}
     supported = [v != "not supported" for v in found.values()]
     return (True if all(supported) else None if any(supported) else False), found
 
+
 def shared_claims(students):
     "What the paper says of images and text alike: (id, statement, verdict and evidence as of `nskd.experiments.statistics.judge`)."
-    deltas, tests, alphas = study_deltas(students), study_tests(students), sorted(students[students.kind == "kd"].alpha.unique())
+    deltas, tests, alphas = (
+        study_deltas(students),
+        study_tests(students),
+        sorted(students[students.kind == "kd"].alpha.unique()),
+    )
     low, high = alphas[0], alphas[-1]
     asymmetry = lambda alpha: deltas[deltas.alpha == alpha].groupby("seed").asymmetry.mean()
     closer = by_seed(students, "activation_distance", "kd", low) - by_seed(students, "activation_distance", "kd", high)
-    found = [("supported", f"At α = {high:g} functional transfer is statistically supported, for every teacher", all_supported(tests, high)),
-             ("negative", f"It is negative asymmetric: at α = {high:g} agreement grows more on the teacher's errors than on its right answers", judge(asymmetry(high), above=0, unit="points"))]
-    if low != high: found += [
-        ("monotonic", f"The more weight the teacher has, the nearer the student: activation distance falls from α = {low:g} to {high:g}", judge(closer, above=0)),
-        ("asymmetry-grows", f"The asymmetry grows with the teacher's weight, from α = {low:g} to {high:g}", judge(asymmetry(high) - asymmetry(low), above=0, unit="points"))]
+    found = [
+        (
+            "supported",
+            f"At α = {high:g} functional transfer is statistically supported, for every teacher",
+            all_supported(tests, high),
+        ),
+        (
+            "negative",
+            f"It is negative asymmetric: at α = {high:g} agreement grows more on the teacher's errors than on its right answers",
+            judge(asymmetry(high), above=0, unit="points"),
+        ),
+    ]
+    if low != high:
+        found += [
+            (
+                "monotonic",
+                f"The more weight the teacher has, the nearer the student: activation distance falls from α = {low:g} to {high:g}",
+                judge(closer, above=0),
+            ),
+            (
+                "asymmetry-grows",
+                f"The asymmetry grows with the teacher's weight, from α = {low:g} to {high:g}",
+                judge(asymmetry(high) - asymmetry(low), above=0, unit="points"),
+            ),
+        ]
     return found

@@ -22,15 +22,22 @@ from .protocol import FunctionalStudy, Task
 
 # %% ../../nbs/functional/05_text.ipynb #749fc006
 # name: (address, SHA-256)
-TEXTS = {"tinyshakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                             "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")}
+TEXTS = {
+    "tinyshakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    )
+}
 _MOST_BYTES = 64 * 2**20
+
 
 class Text(NamedTuple):
     "A text as whole numbers: `tokens` (N,), each the place of its character in `characters`; `fingerprint` of the text."
+
     tokens: torch.Tensor
     characters: str
     fingerprint: str
+
 
 def load_text(name="tinyshakespeare", root=None, download=True):
     """A `Text` by name (tinyshakespeare, pydoc), or the path of a UTF-8 file.
@@ -38,51 +45,79 @@ def load_text(name="tinyshakespeare", root=None, download=True):
     `root`: where downloads lie (default: $NSKD_DATA, else ~/.cache/nskd/data), each as <name>/input.txt. `download`: whether one that is not there may be
     fetched. FileNotFoundError where there is none, ValueError for an unknown name, another checksum, a file that is no text, or one above 64 MB.
     """
-    if name == "pydoc": data = _pydoc()
-    elif name in TEXTS: data = _fetched(name, Path(root or os.environ.get("NSKD_DATA") or "~/.cache/nskd/data").expanduser(), download)
-    else: data = _read(_existing(name))
-    try: text = data.decode("utf-8")
-    except UnicodeDecodeError as e: raise ValueError(f"{name} is no UTF-8 text ({first_line(e)}): convert it first") from None
+    if name == "pydoc":
+        data = _pydoc()
+    elif name in TEXTS:
+        data = _fetched(name, Path(root or os.environ.get("NSKD_DATA") or "~/.cache/nskd/data").expanduser(), download)
+    else:
+        data = _read(_existing(name))
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{name} is no UTF-8 text ({first_line(e)}): convert it first") from None
     characters = "".join(sorted(set(text)))
-    if len(characters) < 2: raise ValueError(f"{name} has {len(characters)} different characters, and a language model needs two")
+    if len(characters) < 2:
+        raise ValueError(f"{name} has {len(characters)} different characters, and a language model needs two")
     place = {c: i for i, c in enumerate(characters)}
     return Text(torch.tensor([place[c] for c in text]), characters, hashlib.sha256(data).hexdigest()[:16])
 
+
 def _pydoc():
     from pydoc_data.topics import topics
+
     return "\n".join(topics[k] for k in sorted(topics)).encode()
+
 
 def _existing(name):
     path = Path(name).expanduser()
-    if path.is_file(): return path
+    if path.is_file():
+        return path
     near = nearest(str(name), [*TEXTS, "pydoc"])
-    raise FileNotFoundError(f"there is no text {str(name)!r}" + (f", did you mean {near!r}?" if near else f": give one of {', '.join([*TEXTS, 'pydoc'])}, or the path of a file"))
+    raise FileNotFoundError(
+        f"there is no text {str(name)!r}"
+        + (
+            f", did you mean {near!r}?"
+            if near
+            else f": give one of {', '.join([*TEXTS, 'pydoc'])}, or the path of a file"
+        )
+    )
+
 
 def _read(path):
-    if (size := path.stat().st_size) > _MOST_BYTES: raise ValueError(f"{path} has {size:,} bytes, and texts are read up to {_MOST_BYTES:,}: cut it")
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, and texts are read up to {_MOST_BYTES:,}: cut it")
     return path.read_bytes()
+
 
 def _fetched(name, root, download):
     url, sha256 = TEXTS[name]
     path = root / name / "input.txt"
     if not path.exists():
         advice = f"put {url} into {path}, which then needs no network, or give the path of another text"
-        if not download: raise FileNotFoundError(f"{name} is not in {root}, and download=False forbids fetching it: {advice}")
+        if not download:
+            raise FileNotFoundError(f"{name} is not in {root}, and download=False forbids fetching it: {advice}")
         try:
-            with urllib.request.urlopen(url, timeout=30) as answer: data = answer.read(_MOST_BYTES)
-        except (OSError, HTTPException) as e: raise FileNotFoundError(f"{name} could not be fetched ({first_line(e)}): {advice}") from None
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                data = answer.read(_MOST_BYTES)
+        except (OSError, HTTPException) as e:
+            raise FileNotFoundError(f"{name} could not be fetched ({first_line(e)}): {advice}") from None
         _check_sum(data, sha256, url)
         write_bytes(path, data)
     data = _read(path)
     _check_sum(data, sha256, path)
     return data
 
+
 def _check_sum(data, sha256, where):
-    if hashlib.sha256(data).hexdigest() != sha256: raise ValueError(f"{where} is not the text that is expected (its SHA-256 is another): delete it and get it anew")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(
+            f"{where} is not the text that is expected (its SHA-256 is another): delete it and get it anew"
+        )
 
 # %% ../../nbs/functional/05_text.ipynb #9f22ac16
 class _CharGPTSettings(Config):
     "Of the text, of the network that reads it, and of its test."
+
     text: Annotated[str, BeforeValidator(str)] = "tinyshakespeare"
     block: int = Field(32, ge=2)
     embedding: int = Field(32, ge=2)
@@ -91,34 +126,67 @@ class _CharGPTSettings(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     test_windows: int = Field(128, ge=1)
 
+
 class TextTask(_CharGPTSettings, Task):
     "Predict the next character of `text` with a GPT-2; tests and training loss on `test_windows` windows each."
-    def prepare(self): return PreparedText(self, load_text(self.text))
+
+    def prepare(self):
+        return PreparedText(self, load_text(self.text))
+
 
 class CharGPT(torch.nn.Module):
     "GPT-2 from its configuration: logits (B, T, C) of tokens (B, T)."
+
     def __init__(self, task, vocabulary, seed):
         super().__init__()
-        import nskd.engine.vision                                       # transformers imports torchvision where it finds it
         from transformers import GPT2Config, GPT2LMHeadModel
+
         d = task.dropout
-        config = GPT2Config(vocab_size=vocabulary, n_positions=task.block, n_embd=task.embedding, n_layer=task.layers, n_head=task.heads, resid_pdrop=d,
-                            embd_pdrop=d, attn_pdrop=d, use_cache=False, attn_implementation="eager", bos_token_id=None, eos_token_id=None)
+        config = GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=task.block,
+            n_embd=task.embedding,
+            n_layer=task.layers,
+            n_head=task.heads,
+            resid_pdrop=d,
+            embd_pdrop=d,
+            attn_pdrop=d,
+            use_cache=False,
+            attn_implementation="eager",
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.gpt = GPT2LMHeadModel(config)
 
-    def forward(self, tokens): return self.gpt(input_ids=tokens).logits
+    def forward(self, tokens):
+        return self.gpt(input_ids=tokens).logits
+
 
 class PreparedText:
     "A `TextTask` with its text."
+
     def __init__(self, task, text):
         cut = int(0.9 * len(text.tokens))
-        self.task, self.tokens, self.characters, self.fingerprint = task, text.tokens[:cut], text.characters, text.fingerprint
-        held = text.tokens[cut:]
-        if len(held) <= task.block: raise ValueError(f"{task.text} has {len(text.tokens):,} characters, too few for windows of {task.block} in its last tenth")
-        even = lambda tokens: torch.linspace(0, len(tokens) - task.block - 1, min(task.test_windows, (len(tokens) - 1) // task.block)).long()
-        self.test, self.train = _windows(held, even(held), task.block), _windows(self.tokens, even(self.tokens), task.block)
+        self.task, self.tokens, self.characters, self.fingerprint = (
+            task,
+            text.tokens[:cut],
+            text.characters,
+            text.fingerprint,
+        )
+        directory_lock = text.tokens[cut:]
+        if len(directory_lock) <= task.block:
+            raise ValueError(
+                f"{task.text} has {len(text.tokens):,} characters, too few for windows of {task.block} in its last tenth"
+            )
+        even = lambda tokens: torch.linspace(
+            0, len(tokens) - task.block - 1, min(task.test_windows, (len(tokens) - 1) // task.block)
+        ).long()
+        self.test, self.train = (
+            _windows(directory_lock, even(directory_lock), task.block),
+            _windows(self.tokens, even(self.tokens), task.block),
+        )
 
     def build(self, seed):
         "The untrained network of `seed`."
@@ -126,11 +194,16 @@ class PreparedText:
 
     def order(self, seed):
         "Where the windows of each batch begin, (steps, batch)."
-        return torch.randint(len(self.tokens) - self.task.block, (self.task.steps, self.task.batch_size), generator=torch.Generator().manual_seed(seed))
+        return torch.randint(
+            len(self.tokens) - self.task.block,
+            (self.task.steps, self.task.batch_size),
+            generator=torch.Generator().manual_seed(seed),
+        )
 
     def fetch(self, starts):
         "Windows (…, block) that begin at `starts` (…), and the characters that follow each of theirs."
         return _windows(self.tokens, starts, self.task.block)
+
 
 def _windows(tokens, starts, block):
     places = starts[..., None] + torch.arange(block)
@@ -139,10 +212,14 @@ def _windows(tokens, starts, block):
 # %% ../../nbs/functional/05_text.ipynb #25758e71
 class LanguageStudy(_CharGPTSettings, FunctionalStudy):
     "Parameters of functional_table14.ipynb."
+
     @model_validator(mode="after")
     def _fit(self):
-        if self.embedding % self.heads: raise ValueError(f"embedding must be a multiple of heads, and {self.embedding} is none of {self.heads}")
-        if self.dropout and self.way == "stacked": raise ValueError("networks with dropout can't be stacked: give way='single'")
+        if self.embedding % self.heads:
+            raise ValueError(f"embedding must be a multiple of heads, and {self.embedding} is none of {self.heads}")
+        if self.dropout and self.way == "stacked":
+            raise ValueError("networks with dropout can't be stacked: give way='single'")
         return self
 
-    def task(self): return TextTask(**{f: getattr(self, f) for f in TextTask.model_fields if f != "tau"})
+    def task(self):
+        return TextTask(**{f: getattr(self, f) for f in TextTask.model_fields if f != "tau"})

@@ -7,7 +7,27 @@ __all__ = ['ClassAffine', 'LABELLED', 'PUBLISHED_WEIGHTS', 'class_statistics', '
            'restore_statistics', 'luminet_loss', 'perception']
 
 # %% ../../nbs/luminet/00_luminet.ipynb #d60cc5da
-from .losses import ClassAffine, LABELLED, PUBLISHED_WEIGHTS, class_statistics, dkd_loss, labelled_loss, logit_std_loss, restore_statistics
+from nskd.luminet.losses import (
+    ClassAffine,
+    LABELLED,
+    PUBLISHED_WEIGHTS,
+    class_statistics,
+    dkd_loss,
+    labelled_loss,
+    logit_std_loss,
+    restore_statistics,
+)
 from ..losses import luminet_loss, perception
 
-_all_ = ["ClassAffine", "LABELLED", "PUBLISHED_WEIGHTS", "class_statistics", "dkd_loss", "labelled_loss", "logit_std_loss", "restore_statistics", "luminet_loss", "perception"]
+_all_ = [
+    "ClassAffine",
+    "LABELLED",
+    "PUBLISHED_WEIGHTS",
+    "class_statistics",
+    "dkd_loss",
+    "labelled_loss",
+    "logit_std_loss",
+    "restore_statistics",
+    "luminet_loss",
+    "perception",
+]

@@ -20,16 +20,21 @@ def gradient_autograd(student_logits, teacher_logits, tau=4.0):
     z = student_logits.detach().clone().requires_grad_()
     return torch.autograd.grad(luminet_loss(z, teacher_logits, tau), z)[0]
 
+
 def gradient_printed(student_logits, teacher_logits, tau=4.0):
     "LumiNet's gradient as Appendix A.4.1 prints it, with the missing 1/τ put in: (p_S − p_T) / (τ σ_j), (B, C)."
     return _pull(student_logits, teacher_logits, tau) / student_logits.std(0, correction=0)
+
 
 def gradient_full(student_logits, teacher_logits, tau=4.0):
     "The gradient in closed form with the dependence of mean and deviation on every logit: (B, C)."
     g, h = _pull(student_logits, teacher_logits, tau), perception(student_logits)
     return (g - g.mean(0) - h * (g * h).mean(0)) / student_logits.std(0, correction=0)
 
-def _pull(s, t, tau): return ((perception(s) / tau).softmax(1) - (perception(t) / tau).softmax(1)) / tau
+
+def _pull(s, t, tau):
+    return ((perception(s) / tau).softmax(1) - (perception(t) / tau).softmax(1)) / tau
+
 
 def compare_gradients(student_logits, teacher_logits, tau=4.0):
     """Printed and full gradient against autograd's, in double precision: a dict.
@@ -39,18 +44,31 @@ def compare_gradients(student_logits, teacher_logits, tau=4.0):
     """
     s, t = student_logits.double(), teacher_logits.double()
     auto, printed, full = (f(s, t, tau) for f in (gradient_autograd, gradient_printed, gradient_full))
-    h, n = perception(s), len(s) ** 0.5                                          # |1| = |h_j| = √B
-    part = lambda g: ((g.sum(0) / (g.norm(dim=0) * n)).abs().max().item(), ((g * h).sum(0) / (g.norm(dim=0) * n)).abs().max().item())
+    h, n = perception(s), len(s) ** 0.5  # |1| = |h_j| = √B
+    part = lambda g: (
+        (g.sum(0) / (g.norm(dim=0) * n)).abs().max().item(),
+        ((g * h).sum(0) / (g.norm(dim=0) * n)).abs().max().item(),
+    )
     (shift, scale), (true_shift, true_scale) = part(printed), part(auto)
-    return {"error_printed": ((printed - auto).norm() / auto.norm()).item(), "error_full": ((full - auto).norm() / auto.norm()).item(),
-            "cosine": torch.cosine_similarity(printed.flatten(), auto.flatten(), 0).item(), "shift": shift, "scale": scale, "true_shift": true_shift, "true_scale": true_scale}
+    return {
+        "error_printed": ((printed - auto).norm() / auto.norm()).item(),
+        "error_full": ((full - auto).norm() / auto.norm()).item(),
+        "cosine": torch.cosine_similarity(printed.flatten(), auto.flatten(), 0).item(),
+        "shift": shift,
+        "scale": scale,
+        "true_shift": true_shift,
+        "true_scale": true_scale,
+    }
 
 # %% ../../nbs/luminet/02_appendix.ipynb #3ffc0f88
 def information(joint):
     "I(A; B) in nats of a dict {(a, b): probability}."
     total, a_of, b_of = sum(joint.values()), {}, {}
-    for (a, b), p in joint.items(): a_of[a] = a_of.get(a, 0) + p; b_of[b] = b_of.get(b, 0) + p
+    for (a, b), p in joint.items():
+        a_of[a] = a_of.get(a, 0) + p
+        b_of[b] = b_of.get(b, 0) + p
     return sum(p / total * np.log(p * total / (a_of[a] * b_of[b])) for (a, b), p in joint.items() if p > 0)
+
 
 def batch_information(values, p_value, p_label, m=2):
     """Exact information about labels in a batch of `m` independent samples, raw and perceived: a dict, nats.
@@ -72,8 +90,14 @@ def batch_information(values, p_value, p_label, m=2):
                 whole[i][x, y] = whole[i].get((x, y), 0) + p
                 one[i][x[0], y[0]] = one[i].get((x[0], y[0]), 0) + p
     mean = p_value @ values
-    return {"raw": information(whole[0]), "perceived": information(whole[1]), "raw_one": information(one[0]), "perceived_one": information(one[1]),
-            "variance": float((p_value @ (values - mean) ** 2).sum())}
+    return {
+        "raw": information(whole[0]),
+        "perceived": information(whole[1]),
+        "raw_one": information(one[0]),
+        "perceived_one": information(one[1]),
+        "variance": float((p_value @ (values - mean) ** 2).sum()),
+    }
+
 
 def search_counterexamples(tries=200, seed=0, values=3, classes=2, labels=2, m=2):
     """Random logits of few values, every information exact: a list of `batch_information` dicts with `alpha` added.
@@ -101,13 +125,29 @@ def loss_by_batch_size(student_logits, teacher_logits, sizes, batches=200, tau=4
     """
     s, t, g = student_logits.double(), teacher_logits.double(), torch.Generator().manual_seed(seed)
     n, rows = len(s), []
-    if bad := [m for m in sizes if not 2 <= m <= n]: raise ValueError(f"a batch must hold 2 to {n} of the {n} inputs, not {bad[0]}")
+    if bad := [m for m in sizes if not 2 <= m <= n]:
+        raise ValueError(f"a batch must hold 2 to {n} of the {n} inputs, not {bad[0]}")
     limit = (luminet_loss(s, t, tau) / n).item()
     for m in sizes:
-        losses = np.array([(luminet_loss(s[i], t[i], tau) / m).item() for i in (torch.randperm(n, generator=g)[:m] for _ in range(batches))])
+        losses = np.array(
+            [
+                (luminet_loss(s[i], t[i], tau) / m).item()
+                for i in (torch.randperm(n, generator=g)[:m] for _ in range(batches))
+            ]
+        )
         mean, deviation = losses.mean(), losses.std(ddof=1)
-        rows.append({"size": m, "mean": mean, "deviation": deviation, "bias": mean - limit, "se": deviation / batches ** 0.5, "relative": (mean - limit) / limit})
+        rows.append(
+            {
+                "size": m,
+                "mean": mean,
+                "deviation": deviation,
+                "bias": mean - limit,
+                "se": deviation / batches**0.5,
+                "relative": (mean - limit) / limit,
+            }
+        )
     return rows
+
 
 def slope(rows, column):
     "The exponent b of |column| ∝ size^b, by least squares in logarithms."

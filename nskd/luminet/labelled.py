@@ -29,6 +29,7 @@ from ..teachers import CHECKPOINT_SECONDS, TeacherTraining, augment, pick_thread
 # %% ../../nbs/luminet/03_labelled.ipynb #f8e19e62
 class LabelledCell(TeacherCell):
     "One student trained with labels; `tau` and `weight` as in `nskd.luminet.losses.labelled_loss`, unused by the method ce."
+
     student: str
     method: str
     student_width: float | None = None
@@ -39,13 +40,18 @@ class LabelledCell(TeacherCell):
     lr: float = Field(0.05, gt=0)
     precision: str = "auto"
 
-    def recipe(self, ds): return teacher_recipe(ds, self.student).replace(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, precision=self.precision)
+    def recipe(self, ds):
+        return teacher_recipe(ds, self.student).replace(
+            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, precision=self.precision
+        )
 
-    def title(self): return LABELLED[self.method] + ("" if self.method == "ce" else f", τ = {self.tau:g}, w = {self.weight:g}")
+    def title(self):
+        return LABELLED[self.method] + ("" if self.method == "ce" else f", τ = {self.tau:g}, w = {self.weight:g}")
 
 # %% ../../nbs/luminet/03_labelled.ipynb #77ccc095
 class _Labelled(TeacherTraining):
     "A student's training with labels and, but for ce, a teacher."
+
     def __init__(self, cell, student, teacher, ds, device):
         super().__init__(student, ds, cell.recipe(ds), cell.seed, device)
         self.cell, self.teacher = cell, teacher
@@ -53,27 +59,33 @@ class _Labelled(TeacherTraining):
     def take_step(self, images, labels):
         recipe, cell, labels = self.recipe, self.cell, labels.to(self.device)
         x = augment(images.to(self.device), recipe.shift, recipe.flip, self.g).to(memory_format=torch.channels_last)
-        with autocast(self.device, recipe.precision): z = self.net(x)
+        with autocast(self.device, recipe.precision):
+            z = self.net(x)
         loss = labelled_loss(cell.method, z, z if cell.method == "ce" else self.ask(x), labels, cell.tau, cell.weight)
         if (self.step % 20 == 0 or self.device.type == "cpu") and not torch.isfinite(loss):
-            raise FloatingPointError(f"the student's loss is {loss.item()} at step {self.step} ({cell.title()}): lower lr or weight")
+            raise FloatingPointError(
+                f"the student's loss is {loss.item()} at step {self.step} ({cell.title()}): lower lr or weight"
+            )
         self._descend(loss)
 
     @torch.no_grad()
     def ask(self, x):
-        with autocast(self.device, pick_teacher_precision(self.recipe.precision, self.device)): return self.teacher(x).float()
+        with autocast(self.device, pick_teacher_precision(self.recipe.precision, self.device)):
+            return self.teacher(x).float()
 
     def _descend(self, loss):
         self.opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
-        self.opt.step(); self.schedule.step()
+        self.opt.step()
+        self.schedule.step()
         self.step += 1
 
     def run(self, directory):
         "To the end, from the newest checkpoint in `directory` if there is one; the seconds that all attempts took."
         kept, start, saved = Checkpoints(directory), time.perf_counter(), 0.0
-        if found := kept.load(): self.restore(*found[1:])
+        if found := kept.load():
+            self.restore(*found[1:])
         before = self.seconds
         spent = lambda: time.perf_counter() - start
         while self.step < self.total:
@@ -85,10 +97,12 @@ class _Labelled(TeacherTraining):
         self.net.eval()
         return before + spent()
 
+
 @torch.no_grad()
 def logits_on_test(net, ds, device):
     "Logits and labels of the test images in the ordinary (RS) mode."
-    with bn_mode(net, "rs"): found = [(net(x.to(device)).float().cpu(), y) for x, y in ds.batches("test", 1000)]
+    with bn_mode(net, "rs"):
+        found = [(net(x.to(device)).float().cpu(), y) for x, y in ds.batches("test", 1000)]
     return tuple(torch.cat(t) for t in zip(*found))
 
 # %% ../../nbs/luminet/03_labelled.ipynb #28c62101
@@ -99,15 +113,43 @@ def train_labelled(cell):
     """
     ds, device = load_dataset(cell.dataset), pick_device(cell.options.get("device", "auto"))
     teacher, n_threads = cell_teacher(cell, ds), pick_threads(ds.shape, device)
-    model = dict(name=cell.student, num_classes=ds.num_classes, in_channels=ds.channels, image_size=ds.image_size, width=cell.student_width, seed=1_000_000 + cell.seed)
+    model = dict(
+        name=cell.student,
+        num_classes=ds.num_classes,
+        in_channels=ds.channels,
+        image_size=ds.image_size,
+        width=cell.student_width,
+        seed=1_000_000 + cell.seed,
+    )
     recipe = cell.recipe(ds)
-    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "student": model, "method": cell.method, "seed": cell.seed, "device": device.type, "threads": n_threads,
-              **({} if cell.method == "ce" else {"tau": cell.tau, "weight": cell.weight, "teacher_precision": pick_teacher_precision(recipe.precision, device)}), "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)}}
+    config = {
+        "teacher": teacher.record["key"],
+        "data": ds.fingerprint,
+        "student": model,
+        "method": cell.method,
+        "seed": cell.seed,
+        "device": device.type,
+        "threads": n_threads,
+        **(
+            {}
+            if cell.method == "ce"
+            else {
+                "tau": cell.tau,
+                "weight": cell.weight,
+                "teacher_precision": pick_teacher_precision(recipe.precision, device),
+            }
+        ),
+        "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
+    }
 
     def make(directory):
         student = create_model(**model)
-        with threads(n_threads), deterministic(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(cell.seed)                                        # dropout, if the network has any
+        with (
+            threads(n_threads),
+            deterministic(device),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            torch.manual_seed(cell.seed)  # dropout, if the network has any
             seconds = _Labelled(cell, student, teacher, ds, device).run(directory)
         logits, labels = logits_on_test(student, ds, device)
         save_tensors(directory / "weights.safetensors", student.state_dict())
@@ -115,22 +157,31 @@ def train_labelled(cell):
         return {**calibration(logits, labels), "seconds": round(seconds, 2)}
 
     label = f"{cell.teacher}-{cell.student}-{cell.method}-{ds.name}-{cell.seed}"
-    record = cached("labelled", config, make, label=label, files=["weights.safetensors", "test_logits.safetensors"], device=device)
+    record = cached(
+        "labelled", config, make, label=label, files=["weights.safetensors", "test_logits.safetensors"], device=device
+    )
     Checkpoints(record["directory"]).clear()
     fields = ("teacher", "student", "method", "seed", "tau", "weight")
     return {**{k: getattr(cell, k) for k in fields}, "teacher_accuracy": teacher.record["accuracy"]["rs"], **record}
+
 
 def test_logits(directory):
     "The test logits (N, C) and labels (N,) that a student of `train_labelled` left in its `directory`."
     found = load_tensors(f"{directory}/test_logits.safetensors")
     return found["logits"], found["labels"]
 
+
 def run_labelled(cells, workers="auto", desc="students"):
     "Every cell, teachers first, side by side or from the cache: a DataFrame with one row a cell."
     cells = list(cells)
-    if not cells: raise ValueError("there are no students to train: methods and seeds must not be empty")
+    if not cells:
+        raise ValueError("there are no students to train: methods and seeds must not be empty")
     train_teachers({c.teachers_work(): c for c in cells}.values(), workers)
     unique = {c.model_dump_json(): c for c in cells}
     device = cells[0].options.get("device", "auto")
-    done = dict(zip(unique, run_parallel(train_labelled, unique.values(), pick_workers(workers, device, len(unique)), desc=desc)))
+    done = dict(
+        zip(
+            unique, run_parallel(train_labelled, unique.values(), pick_workers(workers, device, len(unique)), desc=desc)
+        )
+    )
     return pd.DataFrame([done[c.model_dump_json()] for c in cells])

@@ -22,7 +22,8 @@ def logit_std_loss(student_logits, teacher_logits, tau=2.0):
     Source: Sun et al. (CVPR 2024), *Logit Standardization in Knowledge Distillation*, and its public code (unbiased deviation + 1e-7).
     """
     check_logits(student_logits, teacher_logits)
-    if student_logits.shape[1] < 2: raise ValueError(f"logits are standardised over classes: at least 2 are needed, not {student_logits.shape[1]}")
+    if student_logits.shape[1] < 2:
+        raise ValueError(f"logits are standardised over classes: at least 2 are needed, not {student_logits.shape[1]}")
     s, t = ((z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7) for z in (student_logits, teacher_logits))
     return kd_loss(s, t, tau, scale_by_tau2=True)
 
@@ -32,16 +33,23 @@ def dkd_parts(student_logits, teacher_logits, labels, tau=4.0):
     check_logits(student_logits, teacher_logits)
     check_tau(tau)
     (b, c), other = student_logits.shape, torch.ones_like(student_logits, dtype=torch.bool)
-    if c < 2: raise ValueError(f"DKD tells the labelled class from the others: at least 2 classes are needed, not {c}")
-    if labels.shape != (b,): raise ValueError(f"there must be one label for each of {b} inputs, not {tuple(labels.shape)}")
+    if c < 2:
+        raise ValueError(f"DKD tells the labelled class from the others: at least 2 classes are needed, not {c}")
+    if labels.shape != (b,):
+        raise ValueError(f"there must be one label for each of {b} inputs, not {tuple(labels.shape)}")
     other.scatter_(1, labels[:, None], False)
+
     def split(z):
         z = z.float() / tau if z.dtype != torch.float64 else z / tau
         rest = z[other].view(b, c - 1)
         binary = torch.stack([z[~other], rest.logsumexp(1)], 1)
-        return binary.log_softmax(1), rest.log_softmax(1)                          # log (p_y, 1 − p_y), and log p of the others among themselves
+        return binary.log_softmax(1), rest.log_softmax(
+            1
+        )  # log (p_y, 1 − p_y), and log p of the others among themselves
+
     kl = lambda log_s, log_t: F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)
     return tuple(kl(a, b) for a, b in zip(split(student_logits), split(teacher_logits.detach())))
+
 
 def dkd_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=8.0, tau=4.0):
     """τ² (α TCKD + β NCKD), mean over the batch, nats; logits (B, C), the student's first, `labels` int64 (B,).
@@ -49,11 +57,18 @@ def dkd_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=8.0, tau=4.
     Source: Zhao et al. (CVPR 2022), *Decoupled Knowledge Distillation*; defaults of its CIFAR-100 code.
     """
     target, rest = dkd_parts(student_logits, teacher_logits, labels, tau)
-    return tau ** 2 * (alpha * target + beta * rest).mean()
+    return tau**2 * (alpha * target + beta * rest).mean()
 
 # %% ../../nbs/luminet/01_luminet_losses.ipynb #ddbe7669
-LABELLED = {"ce": "no distillation", "kd": "KD", "dkd": "DKD", "logit_std": "logit standardisation", "luminet": "LumiNet"}
-PUBLISHED_WEIGHTS = {"kd": 9.0, "dkd": 8.0, "logit_std": 9.0, "luminet": 34.0}       # w; temperatures: 4, 4, 2, 4
+LABELLED = {
+    "ce": "no distillation",
+    "kd": "KD",
+    "dkd": "DKD",
+    "logit_std": "logit standardisation",
+    "luminet": "LumiNet",
+}
+PUBLISHED_WEIGHTS = {"kd": 9.0, "dkd": 8.0, "logit_std": 9.0, "luminet": 34.0}  # w; temperatures: 4, 4, 2, 4
+
 
 def labelled_loss(method, student_logits, teacher_logits, labels, tau=4.0, weight=8.0):
     """Cross-entropy plus `weight` × τ² × the method's divergence, mean over the batch, nats; logits (B, C), the student's first.
@@ -62,21 +77,29 @@ def labelled_loss(method, student_logits, teacher_logits, labels, tau=4.0, weigh
     """
     one_of(method, LABELLED, "a method")
     loss = F.cross_entropy(student_logits.float(), labels)
-    if method == "ce": return loss
-    if method == "dkd": return loss + dkd_loss(student_logits, teacher_logits, labels, 1.0, weight, tau)
-    if method == "logit_std": return loss + weight * logit_std_loss(student_logits, teacher_logits, tau)
-    if method == "kd": return loss + weight * kd_loss(student_logits, teacher_logits, tau, scale_by_tau2=True)
-    return loss + weight * tau ** 2 * luminet_loss(student_logits, teacher_logits, tau, "released", check=False)
+    if method == "ce":
+        return loss
+    if method == "dkd":
+        return loss + dkd_loss(student_logits, teacher_logits, labels, 1.0, weight, tau)
+    if method == "logit_std":
+        return loss + weight * logit_std_loss(student_logits, teacher_logits, tau)
+    if method == "kd":
+        return loss + weight * kd_loss(student_logits, teacher_logits, tau, scale_by_tau2=True)
+    return loss + weight * tau**2 * luminet_loss(student_logits, teacher_logits, tau, "released", check=False)
 
 # %% ../../nbs/luminet/01_luminet_losses.ipynb #ee9fa819
 class ClassAffine(nn.Module):
     "`net` with each class's logit scaled and shifted: logits × `scale` + `shift`, both (C,)."
+
     def __init__(self, net, scale, shift):
         super().__init__()
         self.net = net
-        self.register_buffer("scale", scale.detach().clone()); self.register_buffer("shift", shift.detach().clone())
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("shift", shift.detach().clone())
 
-    def forward(self, x): return self.net(x) * self.scale + self.shift
+    def forward(self, x):
+        return self.net(x) * self.scale + self.shift
+
 
 @torch.no_grad()
 def class_statistics(net, draw, batches=16, batch_size=256, seed=0, mode="cs", alpha=0.5):
@@ -86,9 +109,13 @@ def class_statistics(net, draw, batches=16, batch_size=256, seed=0, mode="cs", a
     """
     device, g = next(net.parameters()).device, torch.Generator().manual_seed(seed)
     with teacher_context(net, mode, alpha):
-        parts = [torch.stack(torch.std_mean(net(draw(batch_size, generator=g).to(device)).double(), 0, correction=0)) for _ in range(batches)]
+        parts = [
+            torch.stack(torch.std_mean(net(draw(batch_size, generator=g).to(device)).double(), 0, correction=0))
+            for _ in range(batches)
+        ]
     std, mean = torch.stack(parts).mean(0)
     return mean, std
+
 
 def restore_statistics(student, teacher, draw, batches=16, batch_size=256, seed=0, mode="auto", alpha=0.5):
     """`student` as a `ClassAffine` whose logits have, class by class, the `teacher`'s mean and deviation on noise; no label, no data.
@@ -97,8 +124,13 @@ def restore_statistics(student, teacher, draw, batches=16, batch_size=256, seed=
     same noise for both. A class that is constant for the student is shifted only.
     """
     ask = dict(draw=draw, batches=batches, batch_size=batch_size, seed=seed)
-    (mean_t, std_t), (mean_s, std_s) = class_statistics(teacher, mode=mode, alpha=alpha, **ask), class_statistics(student, mode="cs" if _has_bn(student) else "rs", **ask)
+    (mean_t, std_t), (mean_s, std_s) = (
+        class_statistics(teacher, mode=mode, alpha=alpha, **ask),
+        class_statistics(student, mode="cs" if _has_bn(student) else "rs", **ask),
+    )
     scale = torch.where(std_s > 0, std_t / std_s.clamp_min(1e-12), torch.ones_like(std_s))
     return ClassAffine(student, scale.float(), (mean_t - scale * mean_s).float())
 
-def _has_bn(net): return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+
+def _has_bn(net):
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())

@@ -34,15 +34,23 @@ from ..models import list_models
 Taus = Annotated[list[float], numbers(float, "taus", 1e-6)]
 TuneSeeds = Annotated[list[int], BeforeValidator(lambda v: check_seeds(v if isinstance(v, list) else [v]))]
 
-def _student(what): return Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), what))]
+
+def _student(what):
+    return Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), what))]
+
 
 def _disjoint(p):
     "ValueError where a seed would both choose hyperparameters and be judged."
-    if both := sorted(set(p.tune_seeds) & set(p.seed_list())): raise ValueError(f"tune_seeds choose the hyperparameters and must not be among the seeds that are judged, and {both[0]} is")
+    if both := sorted(set(p.tune_seeds) & set(p.seed_list())):
+        raise ValueError(
+            f"tune_seeds choose the hyperparameters and must not be among the seeds that are judged, and {both[0]} is"
+        )
     return p
+
 
 class _Students(StudyParameters):
     "What students trained with labels have in common."
+
     absent: ClassVar[tuple] = ("budget_seconds",)
     dataset: str = "digits100"
     seeds: Seeds = 5
@@ -52,12 +60,29 @@ class _Students(StudyParameters):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def cell(self, seed, student, method, tau=4.0, weight=8.0):
-        return LabelledCell(teacher=self.teacher, norm="bn", seed=seed, dataset=self.dataset, teacher_width=self.width_of(self.teacher), teacher_epochs=self.teacher_epochs,
-                            options={"device": self.device}, student=student, student_width=self.width_of(student), method=method, tau=tau, weight=weight,
-                            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, precision=self.precision)
+        return LabelledCell(
+            teacher=self.teacher,
+            norm="bn",
+            seed=seed,
+            dataset=self.dataset,
+            teacher_width=self.width_of(self.teacher),
+            teacher_epochs=self.teacher_epochs,
+            options={"device": self.device},
+            student=student,
+            student_width=self.width_of(student),
+            method=method,
+            tau=tau,
+            weight=weight,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            precision=self.precision,
+        )
+
 
 class LabelledStudy(_Students):
     "Parameters of LumiNet's Tables 1 and 8: students of two architectures, trained with labels."
+
     same: _student("same") = "wrn16"
     different: _student("different") = "mv2"
     methods: Annotated[list[str], each_of(LABELLED, "a method")] = list(LABELLED)
@@ -67,34 +92,47 @@ class LabelledStudy(_Students):
 
     @model_validator(mode="after")
     def _holds(self):
-        if missing := [m for m in ("ce", "kd", "luminet") if m not in self.methods]: raise ValueError(f"methods must hold ce, kd and luminet, which the claims are about, and {missing[0]} is not there")
+        if missing := [m for m in ("ce", "kd", "luminet") if m not in self.methods]:
+            raise ValueError(
+                f"methods must hold ce, kd and luminet, which the claims are about, and {missing[0]} is not there"
+            )
         return _disjoint(self)
 
-    def networks(self): return {self.teacher, self.same, self.different}
+    def networks(self):
+        return {self.teacher, self.same, self.different}
 
-    def pairs(self): return {"same": self.same, "different": self.different}
+    def pairs(self):
+        return {"same": self.same, "different": self.different}
+
 
 class CalibrationStudy(LabelledStudy):
     "Parameters of LumiNet's Table 8: those of its Table 1, and the bins."
+
     bins: int = Field(BINS, ge=2)
+
 
 class LuminetTheory(_Students):
     "Parameters of the check of LumiNet's appendix; the student is one that was trained without a teacher."
+
     student: _student("student") = "wrn16"
     tau: float = Field(4.0, gt=0)
     sizes: Annotated[list[int], numbers(int, "sizes", 2)] = [8, 16, 32, 64, 128, 256]
     batches: int = Field(200, ge=2)
     tries: int = Field(200, ge=1)
 
-    def networks(self): return {self.teacher, self.student}
+    def networks(self):
+        return {self.teacher, self.student}
 
     @model_validator(mode="after")
     def _sizes(self):
-        if {16, 64, 256} - set(self.sizes): raise ValueError(f"sizes must hold 16, 64 and 256, which the claims are about, and {self.sizes} do not")
+        if {16, 64, 256} - set(self.sizes):
+            raise ValueError(f"sizes must hold 16, 64 and 256, which the claims are about, and {self.sizes} do not")
         return self
+
 
 class LuminetNoise(Sweep):
     "Parameters of the study of LumiNet's loss on noise."
+
     absent: ClassVar[tuple] = ("tau", "k", "budget_seconds")
     norms: Annotated[list[str], each_of(("bn", "ln"), "a norm")] = ["bn", "ln"]
     ks: Annotated[list[int], numbers(int, "ks", 1)] = [1, 4]
@@ -103,45 +141,81 @@ class LuminetNoise(Sweep):
 
     @model_validator(mode="after")
     def _two(self):
-        if len(self.ks) != 2 or 1 not in self.ks: raise ValueError(f"ks must be 1 (no rejection sampling) and one larger number, not {self.ks}")
+        if len(self.ks) != 2 or 1 not in self.ks:
+            raise ValueError(f"ks must be 1 (no rejection sampling) and one larger number, not {self.ks}")
         return _disjoint(self)
 
     def plan(self, seeds, loss_taus):
         "(labels, cell) of students for `seeds`; `loss_taus(norm, k, loss)`: the temperatures to try."
-        return [(dict(norm=n, k=k, loss=loss, tau=tau), self.one(s, n, "normshift", options=dict(k=k, loss=loss, tau=tau)))
-                for s in seeds for n in self.norms for k in self.ks for loss in ("kd", "luminet") for tau in loss_taus(n, k, loss)]
+        return [
+            (dict(norm=n, k=k, loss=loss, tau=tau), self.one(s, n, "normshift", options=dict(k=k, loss=loss, tau=tau)))
+            for s in seeds
+            for n in self.norms
+            for k in self.ks
+            for loss in ("kd", "luminet")
+            for tau in loss_taus(n, k, loss)
+        ]
 
 # %% ../../nbs/luminet/04_studies.ipynb #0bdac693
 def choose(records, by, settings, value):
     "For every group `by` of tuning records the `settings` (column names) with the highest mean `value`: {group: tuple of settings}."
     mean = records.groupby([*by, *settings], sort=False)[value].mean()
-    best = {key: part.idxmax()[len(by):] for key, part in mean.groupby(list(by), sort=False)}
+    best = {key: part.idxmax()[len(by) :] for key, part in mean.groupby(list(by), sort=False)}
     return {k: tuple(v) for k, v in best.items()}
+
 
 def tune_and_judge(p):
     "Students of a `LabelledStudy`: (records of the tuning seeds, {(pair, method): (tau, weight)}, records of the seeds that are judged)."
+
     def run(plan, desc):
         records = run_labelled([p.cell(s, p.pairs()[pair], *rest) for s, pair, *rest in plan], p.workers, desc)
         return records.assign(pair=[c[1] for c in plan])
-    train_teachers([p.cell(s, p.same, "ce") for s in (*p.tune_seeds, *p.seed_list())], p.workers)         # all at once: no process waits for the tuning seeds
-    tuned = run([(s, pair, m, t, w * PUBLISHED_WEIGHTS[m]) for s in p.tune_seeds for pair in p.pairs() for m in p.methods if m != "ce" for t, w in itertools.product(p.taus, p.weights)], "tuning")
+
+    train_teachers(
+        [p.cell(s, p.same, "ce") for s in (*p.tune_seeds, *p.seed_list())], p.workers
+    )  # all at once: no process waits for the tuning seeds
+    tuned = run(
+        [
+            (s, pair, m, t, w * PUBLISHED_WEIGHTS[m])
+            for s in p.tune_seeds
+            for pair in p.pairs()
+            for m in p.methods
+            if m != "ce"
+            for t, w in itertools.product(p.taus, p.weights)
+        ],
+        "tuning",
+    )
     chosen = choose(tuned, ("pair", "method"), ("tau", "weight"), "accuracy")
-    return tuned, chosen, run([(s, pair, m, *chosen.get((pair, m), ())) for s in p.seed_list() for pair in p.pairs() for m in p.methods], "students")
+    return (
+        tuned,
+        chosen,
+        run(
+            [(s, pair, m, *chosen.get((pair, m), ())) for s in p.seed_list() for pair in p.pairs() for m in p.methods],
+            "students",
+        ),
+    )
 
 # %% ../../nbs/luminet/04_studies.ipynb #7eb3bbd6
 def restored_accuracy(cell, directory, batches=16):
     "Accuracy (0..100) in every BN mode of the student of `cell` in `directory` after `restore_statistics` on the noise of its training: a dict."
     ds, cfg = load_dataset(cell.dataset), cell.config()
     teacher, student, draw = cell_teacher(cell, ds), cell_student(cell, ds, directory), cell_sampler(cell, ds)
-    restored = restore_statistics(student, teacher, draw, batches, cfg.batch_size, cell.seed, cfg.teacher_mode, cfg.alpha)
+    restored = restore_statistics(
+        student, teacher, draw, batches, cfg.batch_size, cell.seed, cfg.teacher_mode, cfg.alpha
+    )
     return {f"restored_{m}": a for m, a in evaluate_modes(restored, ds.test_images, ds.test_labels).items()}
 
-def _restored(job): return restored_accuracy(*job)
+
+def _restored(job):
+    return restored_accuracy(*job)
+
 
 def add_restored(plan, records, workers="auto"):
     "`records` of a `plan` of (labels, cell), with the accuracies of `restored_accuracy` as columns, for KL's students too."
     jobs = [(cell, d) for (_, cell), d in zip(plan, records.directory)]
-    done = run_parallel(_restored, jobs, pick_workers(workers, plan[0][1].options.get("device", "auto"), len(jobs)), desc="restored")
+    done = run_parallel(
+        _restored, jobs, pick_workers(workers, plan[0][1].options.get("device", "auto"), len(jobs)), desc="restored"
+    )
     return pd.concat([records, pd.DataFrame(done)], axis=1)
 
 # %% ../../nbs/luminet/04_studies.ipynb #facc21d4
@@ -153,9 +227,14 @@ def measure_appendix(job):
     teacher = logits_on_test(cell_teacher(cell, ds).cpu(), ds, torch.device("cpu"))[0]
     g = torch.Generator().manual_seed(seed)
     some = lambda m: torch.randperm(len(student), generator=g)[:m]
-    rows = [{"kind": "gradient", "size": m, **compare_gradients(student[i], teacher[i], p.tau)} for m in p.sizes for i in [some(m)]]
+    rows = [
+        {"kind": "gradient", "size": m, **compare_gradients(student[i], teacher[i], p.tau)}
+        for m in p.sizes
+        for i in [some(m)]
+    ]
     rows += [{"kind": "batch", **r} for r in loss_by_batch_size(student, teacher, p.sizes, p.batches, p.tau, seed)]
     return [{"seed": seed, **r} for r in [*rows, *_answers(teacher, g), *_information(p, seed)]]
+
 
 def _answers(teacher, g):
     "Entropy of the teacher's answers in batches of 64, raw and perceived, and how many rankings change."
@@ -163,26 +242,59 @@ def _answers(teacher, g):
     z, h = torch.cat(parts).double(), torch.cat([perception(b) for b in parts]).double()
     entropy = lambda z, tau: torch.special.entr((z / tau).softmax(1)).sum(1).mean().item()
     order = (z.argsort(1) != h.argsort(1)).any(1).double().mean().item()
-    return [{"kind": "answer", "tau": tau, "raw_entropy": entropy(z, tau), "perceived_entropy": entropy(h, tau), "reordered": 100 * order,
-             "top_changed": 100 * (z.argmax(1) != h.argmax(1)).double().mean().item()} for tau in (1.0, 2.0, 4.0)]
+    return [
+        {
+            "kind": "answer",
+            "tau": tau,
+            "raw_entropy": entropy(z, tau),
+            "perceived_entropy": entropy(h, tau),
+            "reordered": 100 * order,
+            "top_changed": 100 * (z.argmax(1) != h.argmax(1)).double().mean().item(),
+        }
+        for tau in (1.0, 2.0, 4.0)
+    ]
+
 
 def _information(p, seed):
-    cases = [(3, 2, 2, 2), (4, 2, 2, 2), (3, 3, 3, 2), (3, 2, 2, 3)]               # logit values, classes, labels, batch size
-    return [{"kind": "information", "size": m, **c} for i, (v, k, y, m) in enumerate(cases)
-            for c in search_counterexamples(max(1, p.tries // len(cases)), 1000 * seed + i, v, k, y, m)]
+    cases = [(3, 2, 2, 2), (4, 2, 2, 2), (3, 3, 3, 2), (3, 2, 2, 3)]  # logit values, classes, labels, batch size
+    return [
+        {"kind": "information", "size": m, **c}
+        for i, (v, k, y, m) in enumerate(cases)
+        for c in search_counterexamples(max(1, p.tries // len(cases)), 1000 * seed + i, v, k, y, m)
+    ]
+
 
 def run_appendix(p):
     "Every seed of a `LuminetTheory` p: a DataFrame, one row a measurement."
     jobs = [(p, s) for s in p.seed_list()]
-    return pd.DataFrame([r for rows in run_parallel(measure_appendix, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="seeds") for r in rows])
+    return pd.DataFrame(
+        [
+            r
+            for rows in run_parallel(measure_appendix, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="seeds")
+            for r in rows
+        ]
+    )
 
 # %% ../../nbs/luminet/04_studies.ipynb #331437e3
 def luminet_claims(rows):
     "Claims from (number or None, id, statement, place, (verdict, evidence)); ids begin with `luminet.`, and None is ours."
-    return [claim(f"luminet.{id}", statement, f"LumiNet, claim {n}: {place}" if n else f"ours, on LumiNet, {place}", *judged) for n, id, statement, place, judged in rows]
+    return [
+        claim(
+            f"luminet.{id}", statement, f"LumiNet, claim {n}: {place}" if n else f"ours, on LumiNet, {place}", *judged
+        )
+        for n, id, statement, place, judged in rows
+    ]
 
 # %% ../../nbs/luminet/04_studies.ipynb #5ce6a88a
-METHOD_COLOURS = {"ce": "#999999", "kd": "#56B4E9", "dkd": "#117733", "logit_std": "#E69F00", "luminet": "#AA4499", "luminet_restored": "#882255"}
+METHOD_COLOURS = {
+    "ce": "#999999",
+    "kd": "#56B4E9",
+    "dkd": "#117733",
+    "logit_std": "#E69F00",
+    "luminet": "#AA4499",
+    "luminet_restored": "#882255",
+}
+
 
 def plot_methods(records, panels, methods, ylabel, value="accuracy", reference=None):
     """Seeds as dots, their means with standard errors, a colour a method; returns the figure.
@@ -190,38 +302,76 @@ def plot_methods(records, panels, methods, ylabel, value="accuracy", reference=N
     `records`: columns panel, method, seed, `value`. `panels`, `methods`: {key: title}, in order. `reference`: {panel: the line above}.
     """
     import matplotlib.pyplot as plt
+
     use_style()
     fig, axes = plt.subplots(1, len(panels), figsize=(1.1 + 2.2 * len(panels), 2.6), sharey=True, squeeze=False)
     for ax, (panel, title) in zip(axes[0], panels.items()):
         for i, m in enumerate(methods):
             part = records[(records.panel == panel) & (records.method == m)][value]
             ax.plot([i + 0.2] * len(part), part, "o", color="black", markersize=2, alpha=0.5)
-            ax.errorbar(i - 0.1, part.mean(), yerr=part.sem() if len(part) > 1 else None, color=METHOD_COLOURS[m], marker="o", markersize=7, linewidth=2)
-        if reference: ax.axhline(reference[panel], color="black", linewidth=1)
-        ax.set(title=title, xticks=[], xlim=(-0.6, len(methods) - 0.3)); ax.grid(axis="x", visible=False)
+            ax.errorbar(
+                i - 0.1,
+                part.mean(),
+                yerr=part.sem() if len(part) > 1 else None,
+                color=METHOD_COLOURS[m],
+                marker="o",
+                markersize=7,
+                linewidth=2,
+            )
+        if reference:
+            ax.axhline(reference[panel], color="black", linewidth=1)
+        ax.set(title=title, xticks=[], xlim=(-0.6, len(methods) - 0.3))
+        ax.grid(axis="x", visible=False)
     axes[0, 0].set_ylabel(ylabel)
     handles = [plt.Line2D([], [], color=METHOD_COLOURS[m], marker="o", linestyle="") for m in methods]
     line = [plt.Line2D([], [], color="black", linewidth=1)] if reference else []
-    fig.legend([*handles, *line], [*methods.values(), *["teacher"] * len(line)], loc="outside lower center", ncols=3, fontsize="small", columnspacing=1, handlelength=1.2)
+    fig.legend(
+        [*handles, *line],
+        [*methods.values(), *["teacher"] * len(line)],
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+        columnspacing=1,
+        handlelength=1.2,
+    )
     return fig
+
 
 def plot_appendix(found, p):
     "Left: error of the printed gradient by batch size. Middle: the loss by batch size, over that of one large batch. Right: information lost. Returns the figure."
     import matplotlib.pyplot as plt
+
     use_style()
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(8.2, 2.5))
-    for _, part in found[found.kind == "gradient"].groupby("seed"): left.plot(part["size"], 100 * part.error_printed, "o-", color=METHOD_COLOURS["luminet"], markersize=3, linewidth=1)
+    for _, part in found[found.kind == "gradient"].groupby("seed"):
+        left.plot(
+            part["size"], 100 * part.error_printed, "o-", color=METHOD_COLOURS["luminet"], markersize=3, linewidth=1
+        )
     left.set(xscale="log", ylim=(0, None), xlabel="batch size", ylabel="error (%)", title="the printed gradient")
     for _, part in found[found.kind == "batch"].groupby("seed"):
         loss = 1 + part.relative
-        middle.errorbar(part["size"], loss, yerr=2 * part.se / (part["mean"] - part.bias), color=METHOD_COLOURS["luminet"], marker="o", markersize=3, linewidth=1)
+        middle.errorbar(
+            part["size"],
+            loss,
+            yerr=2 * part.se / (part["mean"] - part.bias),
+            color=METHOD_COLOURS["luminet"],
+            marker="o",
+            markersize=3,
+            linewidth=1,
+        )
     middle.axhline(1, color="black", linestyle=":", linewidth=0.8)
     middle.set(xscale="log", xlabel="batch size", ylabel="loss / that of one large batch", title="Theorem 3")
     cases = found[found.kind == "information"]
-    right.plot(cases.variance, cases.perceived - cases.raw, ".", color=METHOD_COLOURS["luminet"], markersize=3, alpha=0.5)
+    right.plot(
+        cases.variance, cases.perceived - cases.raw, ".", color=METHOD_COLOURS["luminet"], markersize=3, alpha=0.5
+    )
     right.axhline(0, color="black", linestyle=":", linewidth=0.8)
-    right.set(xscale="log", xlabel="sum of variances", ylabel="information gained (nats)", title="Theorem 1 says: above 0")
-    for ax in (left, middle): ax.set_xticks(p.sizes, [str(s) for s in p.sizes], fontsize="x-small"); ax.minorticks_off()
+    right.set(
+        xscale="log", xlabel="sum of variances", ylabel="information gained (nats)", title="Theorem 1 says: above 0"
+    )
+    for ax in (left, middle):
+        ax.set_xticks(p.sizes, [str(s) for s in p.sizes], fontsize="x-small")
+        ax.minorticks_off()
     return fig
 
 # %% ../../nbs/luminet/04_studies.ipynb #7bff860b
@@ -231,13 +381,16 @@ def plot_reliability(models, bins=BINS, ax=None, least=20):
     A point's size is the share of answers in its bin, of which there must be `least`; on the dotted line a model is calibrated, below it overconfident.
     """
     import matplotlib.pyplot as plt
+
     use_style()
     fig, ax = (ax.figure, ax) if ax else plt.subplots(figsize=(3.6, 3.2))
     ax.plot([0, 100], [0, 100], color="black", linestyle=":", linewidth=0.8)
     for title, (logits, labels, *colour) in models.items():
         found = reliability(logits, labels, bins)
         confidence, accuracy, share = (v[found[2] * len(labels) > least - 0.5] for v in found)
-        (line,) = ax.plot(100 * confidence, 100 * accuracy, linewidth=1, label=title, color=colour[0] if colour else None)
+        (line,) = ax.plot(
+            100 * confidence, 100 * accuracy, linewidth=1, label=title, color=colour[0] if colour else None
+        )
         ax.scatter(100 * confidence, 100 * accuracy, s=4 + 120 * share, color=line.get_color(), alpha=0.7, linewidths=0)
     ax.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 102), ylim=(0, 102))
     fig.legend(loc="outside lower center", ncols=2, fontsize="x-small")

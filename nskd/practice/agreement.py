@@ -19,6 +19,7 @@ from ..theory.laws import context_floor
 # %% ../../nbs/practice/02_agreement.ipynb #97278a27
 KINDS = ("gaussian", "uniform", "perlin", "dead_leaves")
 
+
 @torch.no_grad()
 def agreement(teacher, student, shape, mode="auto", alpha=0.5, kinds=KINDS, n=1024, batch_size=256, seed=0):
     """How far a student agrees with its teacher on fresh noise of several kinds: a DataFrame, one row a kind. No data.
@@ -34,17 +35,35 @@ def agreement(teacher, student, shape, mode="auto", alpha=0.5, kinds=KINDS, n=10
             for _ in range(max(1, round(n / batch_size))):
                 x = draw(min(n, batch_size), generator=g, device=device)
                 t, s = teacher(x).float(), student(x).float()
-                parts.append(((t.argmax(1) == s.argmax(1)).double().mean().item(), kd_loss(s, t).item(), mutual_information(t).mutual_information))
+                parts.append(
+                    (
+                        (t.argmax(1) == s.argmax(1)).double().mean().item(),
+                        kd_loss(s, t).item(),
+                        mutual_information(t).mutual_information,
+                    )
+                )
         same, kl, information = (sum(column) / len(parts) for column in zip(*parts))
-        rows.append({"noise": kind, "agreement": 100 * same, "kl": kl, "information_learned": 1 - kl / information if information > 0 else float("nan")})
+        rows.append(
+            {
+                "noise": kind,
+                "agreement": 100 * same,
+                "kl": kl,
+                "information_learned": 1 - kl / information if information > 0 else float("nan"),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/practice/02_agreement.ipynb #617a21b9
-def loss_floor(teacher, student, shape, mode="auto", alpha=0.5, tau=1.0, batch_size=256, inputs=16, contexts=16, seed=0):
+def loss_floor(
+    teacher, student, shape, mode="auto", alpha=0.5, tau=1.0, batch_size=256, inputs=16, contexts=16, seed=0
+):
     """The least mean KL at `tau` that a student of this kind can have on Gaussian noise, nats: 0 with BatchNorm, else mean I(Y; B | X = x).
 
     Estimated from `inputs` fixed inputs in `contexts` batches each; from few contexts a little too low. Source: NormShift-KD, Proposition 5.1.
     """
-    if norm_kinds(student)["bn"]: return 0.0
-    asked = batch_dependence(teacher, create_sampler("gaussian", shape), contexts, batch_size - 1, inputs, mode, alpha, generator=seed)
+    if norm_kinds(student)["bn"]:
+        return 0.0
+    asked = batch_dependence(
+        teacher, create_sampler("gaussian", shape), contexts, batch_size - 1, inputs, mode, alpha, generator=seed
+    )
     return context_floor(asked, tau)

@@ -18,34 +18,48 @@ from ..norms import bn_mode, norm_kinds
 # %% ../../nbs/practice/03_deploy.ipynb #7050e6dd
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+
 @torch.no_grad()
 def _accuracy(net, images, labels, mode, batches):
     "Accuracy (0..100) of `net` in a BN mode over batches of indices; NaN where a layer can't normalise so small a batch."
     device, correct = next(net.parameters()).device, 0
     with bn_mode(net, mode):
         for idx in batches:
-            try: correct += (net(images[idx].to(device)).argmax(1).cpu() == labels[idx]).sum().item()
-            except ValueError: return math.nan            # "Expected more than 1 value per channel": one image, one position
+            try:
+                correct += (net(images[idx].to(device)).argmax(1).cpu() == labels[idx]).sum().item()
+            except ValueError:
+                return math.nan  # "Expected more than 1 value per channel": one image, one position
     return 100 * correct / sum(map(len, batches))
+
 
 def recalibrated(net, images, batch_size=256):
     "A copy of `net` whose BatchNorms hold the statistics of `images` (unlabelled, or noise); see `nskd.evaluation.recalibrate`."
     return recalibrate(copy.deepcopy(net), images, batch_size)
 
-def accuracy_by_batch_size(net, images, labels, sizes=SIZES, recal_images=None, recal_counts=(10, 100, 1000), noise=None):
+
+def accuracy_by_batch_size(
+    net, images, labels, sizes=SIZES, recal_images=None, recal_counts=(10, 100, 1000), noise=None
+):
     """Accuracy in percent by the number of images that are judged together: a DataFrame with columns mode, batch_size, accuracy.
 
     Modes: `cs` for every size up to the number of images (a fixed shuffle; NaN where a layer is left with one value to
     normalise); the others don't depend on it and stand once, with batch size 1: `rs`; `recal@N` on the first N of
     `recal_images`; `recal@NAME` on 1,000 images of every sampler in `noise`, which needs no data at all.
     """
-    if len(images) != len(labels): raise ValueError(f"{len(images)} images but {len(labels)} labels")
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels")
     whole = eval_batches(len(images), 256)
     rows = [("rs", 1, _accuracy(net, images, labels, "rs", whole))]
-    if not norm_kinds(net)["bn"]: return pd.DataFrame(rows, columns=["mode", "batch_size", "accuracy"])
-    rows += [("cs", size, _accuracy(net, images, labels, "cs", eval_batches(len(images), size))) for size in sizes if size <= len(images)]
+    if not norm_kinds(net)["bn"]:
+        return pd.DataFrame(rows, columns=["mode", "batch_size", "accuracy"])
+    rows += [
+        ("cs", size, _accuracy(net, images, labels, "cs", eval_batches(len(images), size)))
+        for size in sizes
+        if size <= len(images)
+    ]
     for n in recal_counts if recal_images is not None else ():
-        if n <= len(recal_images): rows.append((f"recal@{n}", 1, _accuracy(recalibrated(net, recal_images[:n]), images, labels, "rs", whole)))
+        if n <= len(recal_images):
+            rows.append((f"recal@{n}", 1, _accuracy(recalibrated(net, recal_images[:n]), images, labels, "rs", whole)))
     for draw in noise or ():
         x = draw(1000, generator=torch.Generator().manual_seed(0))
         rows.append((f"recal@{draw.name}", 1, _accuracy(recalibrated(net, x), images, labels, "rs", whole)))
@@ -57,16 +71,20 @@ def skewed_batches(labels, batch_size, share, seed=0):
 
     Every index once. `share` 0 to 1: 0 is a plain shuffle, 1 sorts by class as far as the counts allow.
     """
-    if not 0 <= share <= 1: raise ValueError(f"share must be between 0 and 1, not {share!r}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, not {share!r}")
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=g)
-    own = torch.rand(len(order), generator=g) < share                      # places for the batch's own class
+    own = torch.rand(len(order), generator=g) < share  # places for the batch's own class
     grouped, mixed = order[own], order[~own]
-    grouped = grouped[labels[grouped].argsort(stable=True)]                # by class
+    grouped = grouped[labels[grouped].argsort(stable=True)]  # by class
     count = max(1, len(labels) // batch_size)
     return [torch.cat(pair) for pair in zip(grouped.tensor_split(count), mixed.tensor_split(count))]
 
+
 def accuracy_by_skew(net, images, labels, batch_size=64, shares=(0, 0.25, 0.5, 0.75, 1), mode="cs"):
     "Accuracy in percent of a BN mode when one class has a share of every batch: a DataFrame with columns share, accuracy."
-    rows = [(share, _accuracy(net, images, labels, mode, skewed_batches(labels, batch_size, share))) for share in shares]
+    rows = [
+        (share, _accuracy(net, images, labels, mode, skewed_batches(labels, batch_size, share))) for share in shares
+    ]
     return pd.DataFrame(rows, columns=["share", "accuracy"])

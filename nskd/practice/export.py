@@ -24,7 +24,8 @@ from ..norms import norm_kinds
 from .loading import load_weights
 
 # %% ../../nbs/practice/04_export.ipynb #50f95480
-TOLERANCE = 1e-4        # of logits, absolute and relative
+TOLERANCE = 1e-4  # of logits, absolute and relative
+
 
 @contextmanager
 def _quiet():
@@ -34,13 +35,17 @@ def _quiet():
     try:
         with warnings.catch_warnings(), open(os.devnull, "w") as null:
             warnings.simplefilter("ignore")
-            with redirect_stdout(null), redirect_stderr(null): yield
-    finally: logging.disable(before)
+            with redirect_stdout(null), redirect_stderr(null):
+                yield
+    finally:
+        logging.disable(before)
+
 
 def _examples(shape):
     "Two batches of noise of different sizes."
     g = torch.Generator().manual_seed(0)
     return torch.randn(3, *shape, generator=g), torch.randn(5, *shape, generator=g)
+
 
 def _check(what, answer, net, shape):
     "ValueError where `answer(x)` is not `net(x)`; the largest difference otherwise."
@@ -48,9 +53,12 @@ def _check(what, answer, net, shape):
     for x in _examples(shape):
         mine, theirs = net(x), torch.as_tensor(np.asarray(answer(x)))
         if not torch.allclose(mine, theirs, atol=TOLERANCE, rtol=TOLERANCE):
-            raise ValueError(f"the {what} file's logits differ from the network's by {(mine - theirs).abs().max():.2g}, more than {TOLERANCE:g}: it was not kept")
+            raise ValueError(
+                f"the {what} file's logits differ from the network's by {(mine - theirs).abs().max():.2g}, more than {TOLERANCE:g}: it was not kept"
+            )
         worst = max(worst, (mine - theirs).abs().max().item())
     return worst
+
 
 @torch.no_grad()
 def export_program(net, shape, path):
@@ -62,11 +70,19 @@ def export_program(net, shape, path):
     net = net.cpu().eval()
     with tempfile.TemporaryDirectory() as d:
         try:
-            with _quiet(): torch.export.save(torch.export.export(net, (_examples(shape)[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), f"{d}/net.pt2")
-        except Exception as e: raise ValueError(f"the student can't be exported ({first_line(e)}): its forward pass must not depend on the values of its input") from e
+            with _quiet():
+                torch.export.save(
+                    torch.export.export(net, (_examples(shape)[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)),
+                    f"{d}/net.pt2",
+                )
+        except Exception as e:
+            raise ValueError(
+                f"the student can't be exported ({first_line(e)}): its forward pass must not depend on the values of its input"
+            ) from e
         worst = _check("exported", torch.export.load(f"{d}/net.pt2").module(), net, shape)
         write_bytes(path, Path(f"{d}/net.pt2").read_bytes())
     return worst
+
 
 @torch.no_grad()
 def export_onnx(net, shape, path):
@@ -74,14 +90,30 @@ def export_onnx(net, shape, path):
 
     Needs the extra `nskd[onnx]`. Whole or not at all; ValueError where an operator has no ONNX form, or onnxruntime answers otherwise.
     """
-    try: import onnxruntime, onnxscript          # noqa: F401  (the exporter needs onnxscript)
-    except ImportError as e: raise ValueError(f"writing ONNX needs {e.name}: pip install 'nskd[onnx]'") from e
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (the exporter needs onnxscript)
+    except ImportError as e:
+        raise ValueError(f"writing ONNX needs {e.name}: pip install 'nskd[onnx]'") from e
     net = net.cpu().eval()
     with tempfile.TemporaryDirectory() as d:
         try:
-            with _quiet(): torch.onnx.export(net, (_examples(shape)[0],), f"{d}/net.onnx", dynamo=True, external_data=False, input_names=["images"], output_names=["logits"],
-                                             dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False)
-        except Exception as e: raise ValueError(f"the student can't be written as ONNX ({first_line(e)}): one of its operators has no ONNX form") from e
+            with _quiet():
+                torch.onnx.export(
+                    net,
+                    (_examples(shape)[0],),
+                    f"{d}/net.onnx",
+                    dynamo=True,
+                    external_data=False,
+                    input_names=["images"],
+                    output_names=["logits"],
+                    dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                    verbose=False,
+                )
+        except Exception as e:
+            raise ValueError(
+                f"the student can't be written as ONNX ({first_line(e)}): one of its operators has no ONNX form"
+            ) from e
         session = onnxruntime.InferenceSession(f"{d}/net.onnx", providers=["CPUExecutionProvider"])
         worst = _check("ONNX", lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], net, shape)
         write_bytes(path, Path(f"{d}/net.onnx").read_bytes())
@@ -96,29 +128,49 @@ def save_student(net, directory, build, shape, about=None):
     with the reason, where it can't be written.
     """
     directory, about = Path(directory), about or {}
-    written = {"student.pt2": f"exported program, logits within {export_program(net, shape, directory / 'student.pt2'):.0e}"}
-    try: written["student.onnx"] = f"ONNX, logits within {export_onnx(net, shape, directory / 'student.onnx'):.0e} in onnxruntime"
-    except ValueError as e: written["student.onnx"] = f"not written: {e}"
+    written = {
+        "student.pt2": f"exported program, logits within {export_program(net, shape, directory / 'student.pt2'):.0e}"
+    }
+    try:
+        written["student.onnx"] = (
+            f"ONNX, logits within {export_onnx(net, shape, directory / 'student.onnx'):.0e} in onnxruntime"
+        )
+    except ValueError as e:
+        written["student.onnx"] = f"not written: {e}"
     save_tensors(directory / "student.safetensors", net.state_dict())
-    write_json(directory / "student.json", {"build": build, "input_shape": list(shape), "norms": norm_kinds(net), **about, "provenance": provenance()})
+    write_json(
+        directory / "student.json",
+        {"build": build, "input_shape": list(shape), "norms": norm_kinds(net), **about, "provenance": provenance()},
+    )
     written |= {"student.safetensors": "weights", "student.json": "how to build it, and all of this card as data"}
     write_bytes(directory / "README.md", model_card(build, shape, about, written).encode())
     return {**written, "README.md": "the card"}
 
+
 def load_student(directory):
     "The student that `save_student` left in `directory`, in evaluation mode; ValueError where it is damaged or not of this library's networks."
     about = read_json(Path(directory) / "student.json")
-    if not about["build"]: raise ValueError(f"{directory} holds a network of another library: load student.pt2 with load_teacher")
+    if not about["build"]:
+        raise ValueError(f"{directory} holds a network of another library: load student.pt2 with load_teacher")
     file = Path(directory) / "student.safetensors"
     return load_weights(create_model(**about["build"]), load_tensors(file), file).eval()
 
+
 def model_card(build, shape, about, files):
     "The card as Markdown: what it is, what it was taught by, what data touched it, how it may be used."
-    lines = ["# Student", "", f"`{build.get('name', 'a network')}`, inputs {tuple(shape)} as the teacher's, logits out. Distilled from noise by nskd.", ""]
+    lines = [
+        "# Student",
+        "",
+        f"`{build.get('name', 'a network')}`, inputs {tuple(shape)} as the teacher's, logits out. Distilled from noise by nskd.",
+        "",
+    ]
     for title, value in about.items():
         lines += [f"## {title.replace('_', ' ').capitalize()}", ""]
-        if isinstance(value, dict): lines += [f"* {k.replace('_', ' ')}: {v}" for k, v in value.items()]
-        elif isinstance(value, (list, tuple)): lines += [f"* {v}" for v in value]
-        else: lines += [str(value)]
+        if isinstance(value, dict):
+            lines += [f"* {k.replace('_', ' ')}: {v}" for k, v in value.items()]
+        elif isinstance(value, (list, tuple)):
+            lines += [f"* {v}" for v in value]
+        else:
+            lines += [str(value)]
         lines.append("")
     return "\n".join([*lines, "## Files", "", *(f"* `{name}`: {what}" for name, what in files.items()), ""])

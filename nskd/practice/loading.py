@@ -32,43 +32,69 @@ def file_kind(path):
     "`safetensors`, `pt2`, `torchscript` or `pickle` (what torch.save writes), from the file's first bytes; ValueError for anything else."
     path = Path(path)
     if not path.is_file():
-        beside = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        near = nearest(path.name, beside, cutoff=0.6)
+        beside_paper = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        near = nearest(path.name, beside_paper, cutoff=0.6)
         raise ValueError(f"there is no file {path}" + (f", did you mean {near!r}?" if near else ""))
-    with open(path, "rb") as f: start = f.read(16)
+    with open(path, "rb") as f:
+        start = f.read(16)
     if start[:4] == b"PK\x03\x04":
         inside = {n.partition("/")[2] for n in _sizes(path)}
-        if "models/model.json" in inside or "archive_format" in inside: return "pt2"
-        if "constants.pkl" in inside: return "torchscript"
-        if "data.pkl" in inside: return "pickle"
-    elif start[:1] == b"\x80": return "pickle"
-    elif len(start) > 8 and start[8:9] == b"{" and 0 < int.from_bytes(start[:8], "little") < path.stat().st_size: return "safetensors"
-    raise ValueError(f"{path} is no file of weights or programs that is known here: give safetensors, a state dict of torch.save, "
-                     "a program of torch.export.save, or TorchScript; or it is damaged")
+        if "models/model.json" in inside or "archive_format" in inside:
+            return "pt2"
+        if "constants.pkl" in inside:
+            return "torchscript"
+        if "data.pkl" in inside:
+            return "pickle"
+    elif start[:1] == b"\x80":
+        return "pickle"
+    elif len(start) > 8 and start[8:9] == b"{" and 0 < int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return "safetensors"
+    raise ValueError(
+        f"{path} is no file of weights or programs that is known here: give safetensors, a state dict of torch.save, "
+        "a program of torch.export.save, or TorchScript; or it is damaged"
+    )
 
-_GROWTH = 20         # PyTorch stores tensors as they are, and packs the text beside them
+
+_GROWTH = 20  # PyTorch stores tensors as they are, and packs the text beside them
+
 
 def _sizes(path):
     "{member: unpacked size} of a zip archive; ValueError for one that is damaged, holds a name twice, or unfolds to far more than its size."
     try:
-        with zipfile.ZipFile(path) as z: infos = z.infolist()
-    except Exception as e: raise ValueError(f"{path} is damaged or was not copied in full: get it anew ({first_line(e)})") from None
+        with zipfile.ZipFile(path) as z:
+            infos = z.infolist()
+    except Exception as e:
+        raise ValueError(f"{path} is damaged or was not copied in full: get it anew ({first_line(e)})") from None
     sizes = {i.filename: i.file_size for i in infos}
-    if len(sizes) < len(infos): raise ValueError(f"{path} holds {Counter(i.filename for i in infos).most_common(1)[0][0]!a} twice: get it anew")
-    if sum(sizes.values()) > 2**20 + _GROWTH * path.stat().st_size: raise ValueError(f"{path} unfolds to more than {_GROWTH} times its size, which no weights do")
+    if len(sizes) < len(infos):
+        raise ValueError(f"{path} holds {Counter(i.filename for i in infos).most_common(1)[0][0]!a} twice: get it anew")
+    if sum(sizes.values()) > 2**20 + _GROWTH * path.stat().st_size:
+        raise ValueError(f"{path} unfolds to more than {_GROWTH} times its size, which no weights do")
     return sizes
+
 
 def _reach(t):
     "Bytes of its storage that a tensor's shape, strides and offset lead to, or infinity for a tensor that repeats what is stored."
-    if t.numel() * t.element_size() > t.untyped_storage().nbytes() or min((t.storage_offset(), *t.stride())) < 0: return float("inf")
-    return (t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size() if t.numel() else 0
+    if t.numel() * t.element_size() > t.untyped_storage().nbytes() or min((t.storage_offset(), *t.stride())) < 0:
+        return float("inf")
+    return (
+        (t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size()
+        if t.numel()
+        else 0
+    )
+
 
 def _check_tensors(tensors, path):
     "ValueError where a tensor is not dense, or reaches further than what is stored of it: reading that would end the process."
     for name, t in tensors.items():
-        if t.layout != torch.strided or t.is_quantized or t.device.type == "meta": raise ValueError(f"{path} can't be used: {name!a} is sparse, quantized or empty; networks are built from dense weights")
-        if _reach(t) > t.untyped_storage().nbytes(): raise ValueError(f"{path} is damaged: {name!a} claims the shape {tuple(t.shape)} and holds less")
+        if t.layout != torch.strided or t.is_quantized or t.device.type == "meta":
+            raise ValueError(
+                f"{path} can't be used: {name!a} is sparse, quantized or empty; networks are built from dense weights"
+            )
+        if _reach(t) > t.untyped_storage().nbytes():
+            raise ValueError(f"{path} is damaged: {name!a} claims the shape {tuple(t.shape)} and holds less")
     return tensors
+
 
 def read_weights(path):
     """The state dict in a file, {name: tensor}; wrappers (`state_dict`, `model`, `module.` …) are taken off.
@@ -76,34 +102,49 @@ def read_weights(path):
     No code in the file is run. ValueError for a damaged file, a pickled module, or one without tensors.
     """
     kind = file_kind(path)
-    if kind == "safetensors": found = load_tensors(path)
+    if kind == "safetensors":
+        found = load_tensors(path)
     elif kind == "pickle":
-        try: found = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
-            raise ValueError(f"{path} holds a pickled Python object, and reading it would run its code: save the weights alone, "
-                             "torch.save(model.state_dict(), path), and say what network they belong to") from e
+            raise ValueError(
+                f"{path} holds a pickled Python object, and reading it would run its code: save the weights alone, "
+                "torch.save(model.state_dict(), path), and say what network they belong to"
+            ) from e
         # what is left of a damaged pickle may do anything that a pickle of tensors may
-        except Exception as e: raise ValueError(f"{path} is damaged or was not copied in full: get it anew ({first_line(e)})") from e
-    else: raise ValueError(f"{path} is a program ({kind}), not a file of weights: leave architecture out")
+        except Exception as e:
+            raise ValueError(f"{path} is damaged or was not copied in full: get it anew ({first_line(e)})") from e
+    else:
+        raise ValueError(f"{path} is a program ({kind}), not a file of weights: leave architecture out")
     return _bare(_check_tensors(_unwrap(found, path), path))
+
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "ema")
 
+
 def _unwrap(found, path):
     "The dict of tensors in what a training script saved."
-    for _ in range(10):                # a pickle can hold itself
-        if not isinstance(found, dict): break
+    for _ in range(10):  # a pickle can hold itself
+        if not isinstance(found, dict):
+            break
         tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
         inner = next((found[k] for k in _WRAPPERS if isinstance(found.get(k), dict)), None)
-        if inner is None and tensors: return tensors
-        if inner is None: break
+        if inner is None and tensors:
+            return tensors
+        if inner is None:
+            break
         found = inner
-    raise ValueError(f"{path} holds no weights: expected a state dict of names and tensors, or one under {', '.join(_WRAPPERS[:3])} …")
+    raise ValueError(
+        f"{path} holds no weights: expected a state dict of names and tensors, or one under {', '.join(_WRAPPERS[:3])} …"
+    )
+
 
 def _bare(state):
     "Without the prefixes of DataParallel, torch.compile and Lightning, where every name has them."
     for prefix in ("module.", "_orig_mod.", "model.", "net."):
-        if all(k.startswith(prefix) for k in state): return _bare({k.removeprefix(prefix): v for k, v in state.items()})
+        if all(k.startswith(prefix) for k in state):
+            return _bare({k.removeprefix(prefix): v for k, v in state.items()})
     return state
 
 # %% ../../nbs/practice/01_loading.ipynb #04c9c75e
@@ -113,50 +154,79 @@ def build(architecture, input_shape, state=None, **options):
     `input_shape`: (C, H, W). `state`: weights, from which a name's number of classes and whether it has BatchNorm are
     read where `options` don't say. ValueError when it can't be found or made.
     """
-    if ":" in architecture and architecture.split(":")[0] not in ("timm", "torchvision"): return _call(architecture, options)
+    if ":" in architecture and architecture.split(":")[0] not in ("timm", "torchvision"):
+        return _call(architecture, options)
     if architecture not in list_models() and not architecture.startswith(("timm:", "torchvision:")):
         near = nearest(architecture, list_models())
-        raise ValueError(f"architecture must be package.module:function, timm:NAME, torchvision:NAME, or one of {', '.join(list_models())}, not {architecture!r}"
-                         + (f", did you mean {near!r}?" if near else ""))
-    made = dict(in_channels=input_shape[0], image_size=input_shape[1] if input_shape[1] == input_shape[2] else tuple(input_shape[1:]), **options)
+        raise ValueError(
+            f"architecture must be package.module:function, timm:NAME, torchvision:NAME, or one of {', '.join(list_models())}, not {architecture!r}"
+            + (f", did you mean {near!r}?" if near else "")
+        )
+    made = dict(
+        in_channels=input_shape[0],
+        image_size=input_shape[1] if input_shape[1] == input_shape[2] else tuple(input_shape[1:]),
+        **options,
+    )
     if state is not None:
         made.setdefault("num_classes", _classes(create_model(architecture, **{"num_classes": 2, **made}), state))
-        if any(k.endswith("running_mean") for k in state): made.setdefault("norm", "bn")
+        if any(k.endswith("running_mean") for k in state):
+            made.setdefault("norm", "bn")
     return create_model(architecture, **made)
+
 
 def _call(architecture, options):
     module, _, function = architecture.partition(":")
     try:
         # a module beside the notebook can be imported, as from a script
-        if str(Path.cwd()) not in sys.path: sys.path.insert(0, str(Path.cwd()))
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
         make = getattr(importlib.import_module(module), function)
-    except ImportError as e: raise ValueError(f"architecture {architecture!r}: {module!r} can't be imported ({first_line(e)})") from e
-    except AttributeError: raise ValueError(f"architecture {architecture!r}: {module!r} has no {function!r}") from None
+    except ImportError as e:
+        raise ValueError(f"architecture {architecture!r}: {module!r} can't be imported ({first_line(e)})") from e
+    except AttributeError:
+        raise ValueError(f"architecture {architecture!r}: {module!r} has no {function!r}") from None
     net = make(**options)
-    if not isinstance(net, nn.Module): raise ValueError(f"architecture {architecture!r} must return a torch.nn.Module, not {type(net).__name__}")
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"architecture {architecture!r} must return a torch.nn.Module, not {type(net).__name__}")
     return net
+
 
 def _classes(net, state):
     "Rows of the last layer in `state`, by its name in `net`."
     last = [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
-    if f"{last}.weight" not in state: raise ValueError(f"these weights don't belong to this architecture: they have no {last}.weight, but {', '.join(list(state)[:3])} …")
+    if f"{last}.weight" not in state:
+        raise ValueError(
+            f"these weights don't belong to this architecture: they have no {last}.weight, but {', '.join(list(state)[:3])} …"
+        )
     return len(state[f"{last}.weight"])
+
 
 def load_weights(net, state, what="the file"):
     "Load `state` into `net`, every name and shape fitting; else a ValueError that names the first that doesn't."
     own = net.state_dict()
-    lacking, left = [k for k in own if k not in state and not k.endswith("num_batches_tracked")], [k for k in state if k not in own]
+    lacking, left = (
+        [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
+        [k for k in state if k not in own],
+    )
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     if lacking or left or shapes:
-        first = (f"{shapes[0]} is {tuple(state[shapes[0]].shape)} there and {tuple(own[shapes[0]].shape)} here" if shapes
-                 else f"it lacks {lacking[0]}" if lacking else f"it has {left[0]}, which the network has not")
-        raise ValueError(f"{what} does not fit the architecture: {first} ({len(lacking)} lacking, {len(left)} unknown, {len(shapes)} of other shape)")
+        first = (
+            f"{shapes[0]} is {tuple(state[shapes[0]].shape)} there and {tuple(own[shapes[0]].shape)} here"
+            if shapes
+            else f"it lacks {lacking[0]}"
+            if lacking
+            else f"it has {left[0]}, which the network has not"
+        )
+        raise ValueError(
+            f"{what} does not fit the architecture: {first} ({len(lacking)} lacking, {len(left)} unknown, {len(shapes)} of other shape)"
+        )
     net.load_state_dict(state, strict=False)
     return net
 
 # %% ../../nbs/practice/01_loading.ipynb #090aa4d0
 _ATEN = torch.ops.aten
 _NORM_OPS = (_ATEN.batch_norm.default, _ATEN.layer_norm.default, _ATEN.group_norm.default)
+
 
 def lift_norms(gm):
     """Replace every batch, layer and group normalisation of an exported graph by the layer that it was; a new module.
@@ -166,10 +236,15 @@ def lift_norms(gm):
     gm = torch.fx.GraphModule(gm, gm.graph)
     tensors = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
     for node in list(gm.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn": gm.graph.erase_node(node)     # it would check shapes that we check ourselves
-        elif node.op == "call_function" and node.target in _NORM_OPS: _lift(gm, node, tensors)
-    gm.graph.eliminate_dead_code(); gm.delete_all_unused_submodules(); gm.recompile()
+        if node.op == "call_module" and node.target == "_guards_fn":
+            gm.graph.erase_node(node)  # it would check shapes that we check ourselves
+        elif node.op == "call_function" and node.target in _NORM_OPS:
+            _lift(gm, node, tensors)
+    gm.graph.eliminate_dead_code()
+    gm.delete_all_unused_submodules()
+    gm.recompile()
     return gm
+
 
 def _lift(gm, node, tensors):
     given = {a.name: v for a, v in zip(node.target._schema.arguments, node.args)} | dict(node.kwargs)
@@ -178,109 +253,198 @@ def _lift(gm, node, tensors):
     if node.target is _NORM_OPS[0]:
         kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dim]
         mean = of("running_mean")
-        layer = kind(node.args[0].meta["val"].shape[1], eps=given["eps"], momentum=given["momentum"], affine=weight is not None, track_running_stats=mean is not None)
-        if mean is not None: layer.running_mean, layer.running_var = mean, of("running_var")
-    elif node.target is _NORM_OPS[1]: layer = nn.LayerNorm(given["normalized_shape"], eps=given.get("eps", 1e-5), elementwise_affine=weight is not None, bias=given.get("bias") is not None)
-    else: layer = nn.GroupNorm(given["num_groups"], node.args[0].meta["val"].shape[1], eps=given.get("eps", 1e-5), affine=weight is not None)
-    if weight is not None: layer.weight = nn.Parameter(weight.detach())
-    if given.get("bias") is not None: layer.bias = nn.Parameter(of("bias").detach())
+        layer = kind(
+            node.args[0].meta["val"].shape[1],
+            eps=given["eps"],
+            momentum=given["momentum"],
+            affine=weight is not None,
+            track_running_stats=mean is not None,
+        )
+        if mean is not None:
+            layer.running_mean, layer.running_var = mean, of("running_var")
+    elif node.target is _NORM_OPS[1]:
+        layer = nn.LayerNorm(
+            given["normalized_shape"],
+            eps=given.get("eps", 1e-5),
+            elementwise_affine=weight is not None,
+            bias=given.get("bias") is not None,
+        )
+    else:
+        layer = nn.GroupNorm(
+            given["num_groups"],
+            node.args[0].meta["val"].shape[1],
+            eps=given.get("eps", 1e-5),
+            affine=weight is not None,
+        )
+    if weight is not None:
+        layer.weight = nn.Parameter(weight.detach())
+    if given.get("bias") is not None:
+        layer.bias = nn.Parameter(of("bias").detach())
     name = f"lifted_{node.name}"
     gm.add_submodule(name, layer)
-    with gm.graph.inserting_before(node): node.replace_all_uses_with(gm.graph.call_module(name, (node.args[0],)))
+    with gm.graph.inserting_before(node):
+        node.replace_all_uses_with(gm.graph.call_module(name, (node.args[0],)))
     gm.graph.erase_node(node)
 
 # %% ../../nbs/practice/01_loading.ipynb #9f6eabf4
-_PARTS = re.compile(r"\.data/\w+|\.format_version|\.storage_alignment|archive_format|archive_version|byteorder|version|models/model\.json|data/sample_inputs/model\.pt|extra/[\w.]+"
-                    r"|data/weights/(model_weights_config\.json|weight_\d+)|data/constants/(model_constants_config\.json|tensor_\d+)", re.A)
+_PARTS = re.compile(
+    r"\.data/\w+|\.format_version|\.storage_alignment|archive_format|archive_version|byteorder|version|models/model\.json|data/sample_inputs/model\.pt|extra/[\w.]+"
+    r"|data/weights/(model_weights_config\.json|weight_\d+)|data/constants/(model_constants_config\.json|tensor_\d+)",
+    re.A,
+)
 _WORD, _PATH = r"\w*", r"[\w.]*"
-_OPERATOR = (r"torch\.ops\.aten\.(?!from_file)((?!__)\w+|__i?(and|or|xor|lshift|rshift)__)\.(?!__)\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
-             r"|_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pos|eq|ne|le|ge|lt|gt|and_|or_|getitem)|torch\.sym_\w+|math\.trunc")
-_SIZE = (r"(\b(Symbol|Integer|Add|Mul|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|Max|Min|Eq|Ne|Lt|Le|Gt|Ge|Equality|Unequality|positive|nonnegative|integer|True|False|[su]\d+|\d{1,15})\b"
-         r"|[-+/(),<>=' ]|\*(?!\*))*")
+_OPERATOR = (
+    r"torch\.ops\.aten\.(?!from_file)((?!__)\w+|__i?(and|or|xor|lshift|rshift)__)\.(?!__)\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
+    r"|_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pos|eq|ne|le|ge|lt|gt|and_|or_|getitem)|torch\.sym_\w+|math\.trunc"
+)
+_SIZE = (
+    r"(\b(Symbol|Integer|Add|Mul|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|Max|Min|Eq|Ne|Lt|Le|Gt|Ge|Equality|Unequality|positive|nonnegative|integer|True|False|[su]\d+|\d{1,15})\b"
+    r"|[-+/(),<>=' ]|\*(?!\*))*"
+)
 _TREE = r'([\w\s\[\]{}:,."-]|\\+")*'
 # of a graph's strings by their keys; all others are paths like blocks.0.conv1
-_STRINGS = {"target": _OPERATOR, "as_operator": _OPERATOR, "name": _WORD, "as_name": _WORD, "forward_arg_names": _WORD, "expr_str": _SIZE, "in_spec": _TREE, "out_spec": _TREE, "torch_version": r"[\w.+-]*"}
-_QUOTED = ("metadata", "guards_code", "as_string", "as_strings")      # kept or quoted, never run (the guards: `check_guards=False`)
+_STRINGS = {
+    "target": _OPERATOR,
+    "as_operator": _OPERATOR,
+    "name": _WORD,
+    "as_name": _WORD,
+    "forward_arg_names": _WORD,
+    "expr_str": _SIZE,
+    "in_spec": _TREE,
+    "out_spec": _TREE,
+    "torch_version": r"[\w.+-]*",
+}
+_QUOTED = (
+    "metadata",
+    "guards_code",
+    "as_string",
+    "as_strings",
+)  # kept or quoted, never run (the guards: `check_guards=False`)
+
 
 def _foreign(value, key=""):
     "The first string in a graph, a dict's key or a value, that none is like; or None."
-    if isinstance(value, str): return None if re.fullmatch(_STRINGS.get(key, _PATH), value, re.A) else value
-    if isinstance(value, list): return next((f for v in value if (f := _foreign(v, key)) is not None), None)
-    if not isinstance(value, dict): return None
-    if key == "range_constraints": return next((k for k in value if not re.fullmatch(r"[su]\d{1,4}", k)), None)         # the loader counts up to a u's number
-    if (odd := next((k for k in value if not re.fullmatch(_PATH, k, re.A)), None)) is not None: return odd
+    if isinstance(value, str):
+        return None if re.fullmatch(_STRINGS.get(key, _PATH), value, re.A) else value
+    if isinstance(value, list):
+        return next((f for v in value if (f := _foreign(v, key)) is not None), None)
+    if not isinstance(value, dict):
+        return None
+    if key == "range_constraints":
+        return next(
+            (k for k in value if not re.fullmatch(r"[su]\d{1,4}", k)), None
+        )  # the loader counts up to a u's number
+    if (odd := next((k for k in value if not re.fullmatch(_PATH, k, re.A)), None)) is not None:
+        return odd
     return next((f for k, v in value.items() if k not in _QUOTED and (f := _foreign(v, k)) is not None), None)
+
 
 def _check_program(path):
     "ValueError where an exported program holds anything but a graph, its weights and example inputs."
-    def refuse(name, e=None): raise ValueError(f"{path} holds a pickled Python object or other code ({name}), and reading it would run it: export it anew with tensors as example inputs") from e
+
+    def refuse(name, e=None):
+        raise ValueError(
+            f"{path} holds a pickled Python object or other code ({name}), and reading it would run it: export it anew with tensors as example inputs"
+        ) from e
+
     sizes = _sizes(Path(path))
-    reader = torch._C.PyTorchFileReader(str(path))              # torch.export's own view of the archive, which must be ours
+    reader = torch._C.PyTorchFileReader(str(path))  # torch.export's own view of the archive, which must be ours
     names = reader.get_all_records()
-    if sorted(names) != sorted(n.partition("/")[2] for n in sizes): raise ValueError(f"{path} is damaged: get it anew")
+    if sorted(names) != sorted(n.partition("/")[2] for n in sizes):
+        raise ValueError(f"{path} is damaged: get it anew")
     for name in names:
-        if not _PARTS.fullmatch(name): refuse(ascii(name))
+        if not _PARTS.fullmatch(name):
+            refuse(ascii(name))
         if name.endswith(".json"):
             found = json.loads(reader.get_record(name))
-            if (odd := _foreign(found)) is not None: refuse(f"{ascii(odd[:80])} in {name}")
-            if not name.startswith("models/"): _check_payloads(found["config"], refuse)
+            if (odd := _foreign(found)) is not None:
+                refuse(f"{ascii(odd[:80])} in {name}")
+            if not name.startswith("models/"):
+                _check_payloads(found["config"], refuse)
         elif name.endswith(".pt"):
-            try: torch.load(io.BytesIO(reader.get_record(name)), map_location="cpu", weights_only=True)
-            except Exception as e: refuse(name, e)
+            try:
+                torch.load(io.BytesIO(reader.get_record(name)), map_location="cpu", weights_only=True)
+            except Exception as e:
+                refuse(name, e)
+
 
 def _check_payloads(config, refuse):
     for e in config.values():
-        if e["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", e["path_name"]): refuse(ascii(e["path_name"]))
+        if e["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", e["path_name"]):
+            refuse(ascii(e["path_name"]))
+
 
 @contextmanager
 def tensors_only():
     "A context in which no `torch.load` reads more than tensors, whatever its caller asks for: torchvision asks for anything."
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try: yield
+    try:
+        yield
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        if before is not None: os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
 
 def _load_program(path):
     try:
         _check_program(path)
-        with tensors_only(): net = lift_norms(torch.export.load(path).module(check_guards=False))
+        with tensors_only():
+            net = lift_norms(torch.export.load(path).module(check_guards=False))
         _check_tensors({**dict(net.named_parameters()), **dict(net.named_buffers())}, path)
         return net
     except Exception as e:
-        if isinstance(e, ValueError) and str(e).startswith(f"{path} "): raise          # ours
-        raise ValueError(f"{path} can't be read as an exported program ({first_line(e)}): export it anew with this version of PyTorch, {torch.__version__}") from e
+        if isinstance(e, ValueError) and str(e).startswith(f"{path} "):
+            raise  # ours
+        raise ValueError(
+            f"{path} can't be read as an exported program ({first_line(e)}): export it anew with this version of PyTorch, {torch.__version__}"
+        ) from e
 
 # %% ../../nbs/practice/01_loading.ipynb #6802e7bb
 class _Stand:
     "Stands in for any object of a pickle, and does nothing."
-    def __new__(cls, *args, **kwargs): return object.__new__(cls)
-    def _nothing(self, *args, **kwargs): pass
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def _nothing(self, *args, **kwargs):
+        pass
+
     __init__ = __setstate__ = __setitem__ = append = extend = _nothing
+
 
 class _Storages(pickle.Unpickler):
     "Reads a pickle for the storages that it asks for, `found`: no class or function of it is looked up."
+
     def __init__(self, data):
         super().__init__(io.BytesIO(data))
         self.found = []
-    def find_class(self, module, name): return type(name, (_Stand,), {})
+
+    def find_class(self, module, name):
+        return type(name, (_Stand,), {})
+
     def persistent_load(self, id):
         _, kind, key, _, count = id
         self.found.append((key, count * getattr(torch, kind.__name__).dtype.itemsize))
+
 
 def _check_script(path):
     "ValueError where TorchScript is damaged, claims larger tensors than it holds, or would touch files."
     sizes = _sizes(Path(path))
     with zipfile.ZipFile(path) as z:
-        if (bad := z.testzip()) is not None: raise ValueError(f"{path} is damaged ({bad!a}): get it anew")
+        if (bad := z.testzip()) is not None:
+            raise ValueError(f"{path} is damaged ({bad!a}): get it anew")
         for name in sizes:
             if name.endswith(("/data.pkl", "/constants.pkl")):
                 wanted = _Storages(z.read(name))
                 wanted.load()
                 for key, size in wanted.found:
-                    if not 0 <= size <= sizes[f"{name[:-4]}/{key}"]: raise ValueError(f"{path} is damaged: {name[:-4]}/{key} holds less than its tensor")
-            if name.endswith(".py") and (call := re.search(rb"\b(from_file|save)\s*\(", z.read(name))): raise ValueError(f"{path} calls {call[1].decode()}, which a network has no use for")
+                    if not 0 <= size <= sizes[f"{name[:-4]}/{key}"]:
+                        raise ValueError(f"{path} is damaged: {name[:-4]}/{key} holds less than its tensor")
+            if name.endswith(".py") and (call := re.search(rb"\b(from_file|save)\s*\(", z.read(name))):
+                raise ValueError(f"{path} calls {call[1].decode()}, which a network has no use for")
+
 
 def _load_script(path):
     try:
@@ -289,8 +453,11 @@ def _load_script(path):
         _check_tensors({**dict(net.named_parameters()), **dict(net.named_buffers())}, path)
         return net
     except Exception as e:
-        if isinstance(e, ValueError) and str(e).startswith(f"{path} "): raise
-        raise ValueError(f"{path} can't be read as TorchScript ({first_line(e)}): it is damaged, or from another version") from e
+        if isinstance(e, ValueError) and str(e).startswith(f"{path} "):
+            raise
+        raise ValueError(
+            f"{path} can't be read as TorchScript ({first_line(e)}): it is damaged, or from another version"
+        ) from e
 
 # %% ../../nbs/practice/01_loading.ipynb #7f44c466
 def load_teacher(teacher, architecture=None, input_shape=(3, 32, 32), pretrained=True, **options):
@@ -301,29 +468,48 @@ def load_teacher(teacher, architecture=None, input_shape=(3, 32, 32), pretrained
     notes its `origin`: kind, name, and `possible`, a sentence. ValueError of one sentence for whatever can't be used.
     """
     name = str(teacher)
-    if name.startswith(("timm:", "torchvision:")): net, kind = _from_name(name, pretrained, options), name.split(":")[0]
+    if name.startswith(("timm:", "torchvision:")):
+        net, kind = _from_name(name, pretrained, options), name.split(":")[0]
     else:
         kind = file_kind(name)
         if kind in ("safetensors", "pickle"):
             state = read_weights(name)
-            if not architecture: raise ValueError(f"{name} holds weights only: say what network they belong to, architecture='package.module:function' or one of {', '.join(list_models())}")
+            if not architecture:
+                raise ValueError(
+                    f"{name} holds weights only: say what network they belong to, architecture='package.module:function' or one of {', '.join(list_models())}"
+                )
             net, kind = load_weights(build(architecture, input_shape, state, **options), state, name), "weights"
-        else: net = _load_program(name) if kind == "pt2" else _load_script(name)
+        else:
+            net = _load_program(name) if kind == "pt2" else _load_script(name)
     net.eval()
     check_teacher(net, input_shape)
-    net.input_shape, net.origin = tuple(input_shape), {"kind": kind, "name": name, "possible": describe_norms(net, kind)}
+    net.input_shape, net.origin = (
+        tuple(input_shape),
+        {"kind": kind, "name": name, "possible": describe_norms(net, kind)},
+    )
     return net
 
+
 def _from_name(name, pretrained, options):
-    import nskd.engine.vision                            # before timm, which imports torchvision
+    import nskd.engine.vision  # before timm, which imports torchvision
+
     source, _, bare = name.partition(":")
     try:
         if source == "timm":
             import timm
-            with tensors_only(): return timm.create_model(bare, pretrained=pretrained, **options)
-        with tensors_only(): return nskd.engine.vision.torchvision.models.get_model(bare, weights="DEFAULT" if pretrained else None, **options)
-    except (ValueError, RuntimeError, KeyError) as e: raise ValueError(f"{source} has no model {bare!r}, or none with such options ({first_line(e)})") from e
-    except Exception as e: raise ValueError(f"the weights of {name} could not be fetched ({first_line(e)}): download them where there is a network, and give the file with architecture={name!r}") from e
+
+            with tensors_only():
+                return timm.create_model(bare, pretrained=pretrained, **options)
+        with tensors_only():
+            return nskd.engine.vision.torchvision.models.get_model(
+                bare, weights="DEFAULT" if pretrained else None, **options
+            )
+    except (ValueError, RuntimeError, KeyError) as e:
+        raise ValueError(f"{source} has no model {bare!r}, or none with such options ({first_line(e)})") from e
+    except Exception as e:
+        raise ValueError(
+            f"the weights of {name} could not be fetched ({first_line(e)}): download them where there is a network, and give the file with architecture={name!r}"
+        ) from e
 
 # %% ../../nbs/practice/01_loading.ipynb #18147e46
 def pretrained_teacher(name):
@@ -332,10 +518,14 @@ def pretrained_teacher(name):
     ValueError on an unknown name, RuntimeError of one sentence where the weights can't be had.
     """
     from nskd.engine.vision import torchvision
+
     bare = name.removeprefix("torchvision:")
     one_of(bare, torchvision.models.list_models(module=torchvision.models), "a pretrained teacher")
     try:
-        with tensors_only(): return torchvision.models.get_model(bare, weights="DEFAULT").eval()
+        with tensors_only():
+            return torchvision.models.get_model(bare, weights="DEFAULT").eval()
     except OSError as e:
         url = torchvision.models.get_model_weights(bare).DEFAULT.url
-        raise RuntimeError(f"{bare}'s weights could not be fetched ({e}): put {url} into torch's hub folder, checkpoints/, and run again") from e
+        raise RuntimeError(
+            f"{bare}'s weights could not be fetched ({e}): put {url} into torch's hub folder, checkpoints/, and run again"
+        ) from e

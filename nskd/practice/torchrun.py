@@ -23,6 +23,7 @@ among them, are those of all together. Given again, the command goes on where it
 
 Parameters: """
 
+
 def distil_from_file(path, changes=()):
     """Distil with the parameters of `nbs/distill.ipynb` in a YAML file, and `changes` ("name=value"), in this group of processes.
 
@@ -34,48 +35,80 @@ def distil_from_file(path, changes=()):
     from nskd.practice.loading import load_teacher
     from nskd.models import create_model
     from nskd.samplers import create_sampler
+
     p = _parameters(path, changes)
-    file = current().on_first(lambda: demo_teacher(p.directory() / "teacher.pt2", epochs=p.demo_epochs)) if p.teacher == "demo" else p.teacher
+    file = (
+        current().on_first(lambda: demo_teacher(p.directory() / "teacher.pt2", epochs=p.demo_epochs))
+        if p.teacher == "demo"
+        else p.teacher
+    )
     teacher = load_teacher(file, p.architecture or None, p.input_shape, **p.architecture_options)
     classes = check_teacher(teacher, p.input_shape)
     data = optional_data(p.test_data, p.input_shape, classes)
     judged, recal = (None, None) if data is None else ((data.test_images, data.test_labels), data.train_images[:1000])
     student = create_model(**p.build(classes), seed=1_000_000 + p.seed)
-    return distill(teacher, student, p.config(p.alpha), p.directory() / "run", judged, recal_images=recal, sampler=create_sampler("gaussian", p.input_shape)), p
+    return distill(
+        teacher,
+        student,
+        p.config(p.alpha),
+        p.directory() / "run",
+        judged,
+        recal_images=recal,
+        sampler=create_sampler("gaussian", p.input_shape),
+    ), p
+
 
 def _parameters(path, changes):
     "Checked parameters; ValueError of one sentence."
     import yaml
-    from nskd.practice.handover import BringParameters
+    from nskd.practice.handover import HandoverParameters
     from nskd.experiments.parameters import check_parameters, read_yaml
+
     given = read_yaml(path)
     for change in changes:
         name, given_value, value = change.partition("=")
-        if not given_value: raise ValueError(f"{change!r} is no change of a parameter: write NAME=VALUE")
+        if not given_value:
+            raise ValueError(f"{change!r} is no change of a parameter: write NAME=VALUE")
         given[name] = yaml.safe_load(value)
-    return check_parameters(given, BringParameters)
+    return check_parameters(given, HandoverParameters)
+
 
 def main(words):
     "The command; its exit code."
-    from nskd.practice.handover import BringParameters
+    from nskd.practice.handover import HandoverParameters
+
     if not words or words[0] in ("-h", "--help"):
-        print(_USAGE + ", ".join(BringParameters.model_fields))
+        print(_USAGE + ", ".join(HandoverParameters.model_fields))
         return 0 if words else 2
     try:
-        with processes() as group: result, p = distil_from_file(words[0], words[1:])
-    except (ValueError, OSError, ArithmeticError) as e:             # the others have the same to say
-        if os.environ.get("RANK", "0") == "0": print(f"error: {e}", file=sys.stderr)
+        with processes() as group:
+            result, p = distil_from_file(words[0], words[1:])
+    except (ValueError, OSError, ArithmeticError) as e:  # the others have the same to say
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr)
         return 1
-    if group.first: _report(result, p, words)
+    if group.first:
+        _report(result, p, words)
     return 0
+
 
 def _report(result, p, words):
     "What came out, and how to go on."
-    print(f"{result.state} after {result.step:,} of {p.steps:,} steps, {result.seconds:.0f} s" + "".join(f"; {m} {a:.1f} %" for m, a in result.accuracy.items()))
-    if result.state == "unfinished": return print("give the same command again to go on")
+    print(
+        f"{result.state} after {result.step:,} of {p.steps:,} steps, {result.seconds:.0f} s"
+        + "".join(f"; {m} {a:.1f} %" for m, a in result.accuracy.items())
+    )
+    if result.state == "unfinished":
+        return print("give the same command again to go on")
     alpha = f" -p alpha {result.alpha}" if result.alpha is not None else ""
-    print(f"to measure and pack it: papermill nbs/distill.ipynb outputs/{p.run}.ipynb -f {words[0]}" + "".join(f" -p {w.replace('=', ' ', 1)}" for w in words[1:]) + alpha)
+    print(
+        f"to measure and pack it: papermill nbs/distill.ipynb outputs/{p.run}.ipynb -f {words[0]}"
+        + "".join(f" -p {w.replace('=', ' ', 1)}" for w in words[1:])
+        + alpha
+    )
+
 
 if __name__ == "__main__" and "__file__" in globals():
-    from nskd.practice.torchrun import main                                  # not this module's double, which the norms don't know
+    from nskd.practice.torchrun import main  # not this module's double, which the norms don't know
+
     sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,28 @@ __all__ = ['Singer', 'SingerAdapter', 'block_features', 'gram', 'left_nullspace'
            'outlier_loss', 'singer_loss', 'transformer_blocks']
 
 # %% ../../nbs/singer/00_singer.ipynb #786911d1
-from .adapter import Singer, SingerAdapter, block_features, gram, left_nullspace, linearised_ffn, match_layers, outlier_loss, singer_loss, transformer_blocks
+from nskd.singer.adapter import (
+    Singer,
+    SingerAdapter,
+    block_features,
+    gram,
+    left_nullspace,
+    linearised_ffn,
+    match_layers,
+    outlier_loss,
+    singer_loss,
+    transformer_blocks,
+)
 
-_all_ = ["Singer", "SingerAdapter", "block_features", "gram", "left_nullspace", "linearised_ffn", "match_layers", "outlier_loss", "singer_loss", "transformer_blocks"]
+_all_ = [
+    "Singer",
+    "SingerAdapter",
+    "block_features",
+    "gram",
+    "left_nullspace",
+    "linearised_ffn",
+    "match_layers",
+    "outlier_loss",
+    "singer_loss",
+    "transformer_blocks",
+]

@@ -21,26 +21,34 @@ from ..engine.config import one_of
 from ..theory.attention import prefix_tokens
 
 # %% ../../nbs/singer/01_adapter.ipynb #eed9c1f5
-VARIANTS = {   # the paper's appendix C, K and section 4.5; the released configuration
+VARIANTS = {  # the paper's appendix C, K and section 4.5; the released configuration
     "paper": {"rank": 16, "alpha": 0.95, "lambda_outlier": 1.0, "lambda_info": 1.0},
     "released": {"rank": 64, "alpha": 0.97, "lambda_outlier": 0.01, "lambda_info": 1.0},
 }
+
 
 def transformer_blocks(net):
     "The transformer blocks of `net`, a timm ViT, in order: a list of modules with `attn` and `mlp`. ValueError without any."
     blocks = list(getattr(net, "blocks", None) or [])
     if not blocks or not all(hasattr(b, "attn") and hasattr(b, "mlp") for b in blocks):
-        raise ValueError(f"{type(net).__name__} has no sequence of transformer blocks: give a timm ViT, such as vit_tiny or deit_tiny_patch16_224")
+        raise ValueError(
+            f"{type(net).__name__} has no sequence of transformer blocks: give a timm ViT, such as vit_tiny or deit_tiny_patch16_224"
+        )
     return blocks
+
 
 def check_layers(layers, depth):
     "`layers` (counted from 0, or from the end if negative) sorted and all at or above 0; ValueError unless each is one of `depth` blocks, once."
     found = [l + depth if isinstance(l, int) and l < 0 else l for l in layers]
-    if not found: raise ValueError("there must be at least one distillation layer")
+    if not found:
+        raise ValueError("there must be at least one distillation layer")
     for l, given in zip(found, layers):
-        if isinstance(l, bool) or not isinstance(l, int) or not 0 <= l < depth: raise ValueError(f"a layer must be a whole number from 0 to {depth - 1} for {depth} blocks, not {given!r}")
-    if len(set(found)) < len(found): raise ValueError(f"a distillation layer is listed twice in {list(layers)}")
+        if isinstance(l, bool) or not isinstance(l, int) or not 0 <= l < depth:
+            raise ValueError(f"a layer must be a whole number from 0 to {depth - 1} for {depth} blocks, not {given!r}")
+    if len(set(found)) < len(found):
+        raise ValueError(f"a distillation layer is listed twice in {list(layers)}")
     return sorted(found)
+
 
 def block_features(net, x, layers=None):
     """What leaves the blocks of ViT `net` on images `x` (B, C, H, W): {layer: (B, tokens, D)}, [CLS] and registers first.
@@ -50,9 +58,11 @@ def block_features(net, x, layers=None):
     blocks = transformer_blocks(net)
     layers, found = range(len(blocks)) if layers is None else check_layers(layers, len(blocks)), {}
     handles = [blocks[l].register_forward_hook(lambda m, a, out, l=l: found.__setitem__(l, out)) for l in layers]
-    try: net.forward_features(x)
+    try:
+        net.forward_features(x)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     return found
 
 # %% ../../nbs/singer/01_adapter.ipynb #0258b7e2
@@ -67,15 +77,21 @@ def linearised_ffn(module, layer=None):
         module = blocks[check_layers([layer], len(blocks))[0]]
     mlp = getattr(module, "mlp", module)
     first, second = (getattr(mlp, n, None) for n in ("fc1", "fc2"))
-    if not (isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and second.in_features == first.out_features):
-        raise ValueError(f"{type(mlp).__name__} is no FFN of two linear layers fc1 and fc2: a gated one, or a network without transformer blocks, can't be linearised so")
+    if not (
+        isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and second.in_features == first.out_features
+    ):
+        raise ValueError(
+            f"{type(mlp).__name__} is no FFN of two linear layers fc1 and fc2: a gated one, or a network without transformer blocks, can't be linearised so"
+        )
     return (second.weight @ first.weight).mT.detach()
+
 
 class Nullspace(NamedTuple):
     "The two ends of a matrix's left singular vectors, and its spectrum; see `left_nullspace`."
-    basis: torch.Tensor                   # (D, r) null directions
-    principal: torch.Tensor               # (D, r) left singular vectors of the r largest singular values
-    singular_values: torch.Tensor         # (D,) from the largest down
+
+    basis: torch.Tensor  # (D, r) null directions
+    principal: torch.Tensor  # (D, r) left singular vectors of the r largest singular values
+    singular_values: torch.Tensor  # (D,) from the largest down
 
     def energy(self):
         "E(k) for k = 1 … D: the share of the squared singular values in the first k, (D,), in (0, 1]. Source: SiNGER, A.2."
@@ -96,6 +112,7 @@ class Nullspace(NamedTuple):
         "How many singular values are at most `epsilon`: the dimension of the ε-nullspace. Source: SiNGER, Eq. 19."
         return int((self.singular_values <= epsilon).sum())
 
+
 def left_nullspace(w, rank, variant="paper", threshold=0.05, seed=0):
     """Directions v with vᵀ `w` ≈ 0, and the spectrum they were read from: a `Nullspace`.
 
@@ -112,13 +129,19 @@ def left_nullspace(w, rank, variant="paper", threshold=0.05, seed=0):
         basis = torch.cat([small, _random_directions(rank - small.shape[1], len(w), seed).to(w)], 1)
     return Nullspace(basis.contiguous(), u[:, :rank].contiguous(), s)
 
-def _random_directions(n, width, seed): return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=-1).mT
+
+def _random_directions(n, width, seed):
+    return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=-1).mT
+
 
 def _check_rank(rank, width):
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= width: raise ValueError(f"rank must be a whole number from 1 to the width {width}, not {rank!r}")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= width:
+        raise ValueError(f"rank must be a whole number from 1 to the width {width}, not {rank!r}")
+
 
 def _in_unit_interval(value, what):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1: raise ValueError(f"{what} must lie between 0 and 1, both excluded, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"{what} must lie between 0 and 1, both excluded, not {value!r}")
 
 # %% ../../nbs/singer/01_adapter.ipynb #90fdd2a9
 class SingerAdapter(nn.Module):
@@ -128,13 +151,15 @@ class SingerAdapter(nn.Module):
     vectors from `seed`; the paper does not say which, the released code does). `rank`: the variant's by default (16, 64).
     `space` is the `Nullspace` that it was started from, or would have been. Source: SiNGER, Eq. 6 to 8.
     """
+
     def __init__(self, w, rank=None, start="nullspace", variant="paper", seed=0):
         super().__init__()
-        one_of(start, ("nullspace", "random"), "start"); one_of(variant, VARIANTS, "variant")
+        one_of(start, ("nullspace", "random"), "start")
+        one_of(variant, VARIANTS, "variant")
         rank = VARIANTS[variant]["rank"] if rank is None else rank
         self.space = left_nullspace(w, rank, variant, seed=seed)
         n = self.space.basis if start == "nullspace" else _random_directions(rank, len(w), seed).to(w)
-        self.down, self.up = nn.Parameter(n.clone()), nn.Parameter(n.mT.clone().contiguous())        # (D, r), (r, D)
+        self.down, self.up = nn.Parameter(n.clone()), nn.Parameter(n.mT.clone().contiguous())  # (D, r), (r, D)
 
     def delta(self, tokens):
         "The change ΔF alone: (…, D) → (…, D)."
@@ -142,7 +167,12 @@ class SingerAdapter(nn.Module):
 
     def forward(self, tokens, prefix=0):
         "`tokens` (B, n, D) refined; the first `prefix` ([CLS], registers) are left as they are."
-        return torch.cat([tokens[:, :prefix], tokens[:, prefix:] + self.delta(tokens[:, prefix:])], 1) if prefix else tokens + self.delta(tokens)
+        return (
+            torch.cat([tokens[:, :prefix], tokens[:, prefix:] + self.delta(tokens[:, prefix:])], 1)
+            if prefix
+            else tokens + self.delta(tokens)
+        )
+
 
 def alignment(adapter, space=None):
     """How far an adapter's matrices lie in the principal and in the null directions: {"up": {"E_prob", "E_safe"}, "down": …}, each in [0, 1].
@@ -151,7 +181,10 @@ def alignment(adapter, space=None):
     """
     space = space or adapter.space
     share = lambda phi, basis: float((phi @ basis).norm() / phi.norm())
-    return {name: {"E_prob": share(phi, space.principal), "E_safe": share(phi, space.basis)} for name, phi in (("up", adapter.up.detach()), ("down", adapter.down.detach().mT))}
+    return {
+        name: {"E_prob": share(phi, space.principal), "E_safe": share(phi, space.basis)}
+        for name, phi in (("up", adapter.up.detach()), ("down", adapter.down.detach().mT))
+    }
 
 # %% ../../nbs/singer/01_adapter.ipynb #71250e8d
 def match_layers(layers, teacher_depth, student_depth, variant="paper"):
@@ -162,8 +195,12 @@ def match_layers(layers, teacher_depth, student_depth, variant="paper"):
     """
     one_of(variant, VARIANTS, "variant")
     layers = check_layers(layers, teacher_depth)
-    if variant == "paper": return [-(-(l + 1) * student_depth // teacher_depth) - 1 for l in layers]
-    return linear_sum_assignment(np.abs(np.divide(layers, teacher_depth)[:, None] - np.linspace(0, 1, student_depth)))[1].tolist()
+    if variant == "paper":
+        return [-(-(l + 1) * student_depth // teacher_depth) - 1 for l in layers]
+    return linear_sum_assignment(np.abs(np.divide(layers, teacher_depth)[:, None] - np.linspace(0, 1, student_depth)))[
+        1
+    ].tolist()
+
 
 def projections(student_dim, teacher_dim, layers, seed=0):
     "A trainable linear map P_l from student to teacher features for each of `layers`: a ModuleDict with the layers as keys. Source: SiNGER, Eq. 1."
@@ -177,6 +214,7 @@ def gram(tokens, cosine=False):
     tokens = F.normalize(tokens, dim=-1) if cosine else tokens
     return tokens @ tokens.mT
 
+
 def outlier_loss(patches, alpha=0.95):
     """Mean squared excess of outlier norms over their image's `alpha`-quantile: (B, n, D) patches → a scalar, 0 without outliers.
 
@@ -188,14 +226,28 @@ def outlier_loss(patches, alpha=0.95):
     outlying = excess.detach() > 0
     return excess[outlying].square().mean() if outlying.any() else norms.sum() * 0
 
+
 class SingerLosses(NamedTuple):
     "Scalars: the weighted sum, and its three parts without weights."
+
     total: torch.Tensor
     kd: torch.Tensor
     outlier: torch.Tensor
     info: torch.Tensor
 
-def singer_loss(teacher, refined, student, following=None, prefix=1, alpha=None, lambda_outlier=None, lambda_info=None, variant="paper", cosine=None):
+
+def singer_loss(
+    teacher,
+    refined,
+    student,
+    following=None,
+    prefix=1,
+    alpha=None,
+    lambda_outlier=None,
+    lambda_info=None,
+    variant="paper",
+    cosine=None,
+):
     """SiNGER's three losses over its distillation layers and their weighted sum: `SingerLosses`.
 
     `teacher`, `refined`, `student`: {layer: (B, tokens, D)}, F_l, F̂_l and P_l(F_l^S), the first `prefix` tokens no patches.
@@ -206,8 +258,18 @@ def singer_loss(teacher, refined, student, following=None, prefix=1, alpha=None,
     none), features normalised. `cosine` overrides whether Gram matrices are of normalised features. Source: SiNGER, Eq. 9 to 12.
     """
     one_of(variant, VARIANTS, "variant")
-    if not teacher or not set(teacher) == set(refined) == set(student): raise ValueError(f"teacher, refined and student must hold the same layers, at least one: {sorted(teacher)}, {sorted(refined)}, {sorted(student)}")
-    weight = {**VARIANTS[variant], **{k: v for k, v in dict(alpha=alpha, lambda_outlier=lambda_outlier, lambda_info=lambda_info).items() if v is not None}}
+    if not teacher or not set(teacher) == set(refined) == set(student):
+        raise ValueError(
+            f"teacher, refined and student must hold the same layers, at least one: {sorted(teacher)}, {sorted(refined)}, {sorted(student)}"
+        )
+    weight = {
+        **VARIANTS[variant],
+        **{
+            k: v
+            for k, v in dict(alpha=alpha, lambda_outlier=lambda_outlier, lambda_info=lambda_info).items()
+            if v is not None
+        },
+    }
     released, following, layers = variant == "released", following or {}, sorted(teacher)
     cosine, patches, between = released if cosine is None else cosine, lambda t: t[:, prefix:], None
     kd = outlier = info = 0.0
@@ -215,11 +277,13 @@ def singer_loss(teacher, refined, student, following=None, prefix=1, alpha=None,
         seen = (lambda t: t) if released else patches
         kd = kd + F.mse_loss(seen(student[l]), seen(refined[l]))
         outlier = outlier + outlier_loss(patches(refined[l]), weight["alpha"])
-        if l in following and released: info, between = info + F.mse_loss(following[l][1], following[l][0]), refined[l]
+        if l in following and released:
+            info, between = info + F.mse_loss(following[l][1], following[l][0]), refined[l]
         else:
             was, now = following.get(l, (between if between is not None else teacher[l], refined[l]))
             info = info + F.mse_loss(gram(patches(now), cosine), gram(patches(was), cosine))
-    if released: kd, outlier, info = (v / len(layers) for v in (kd, outlier, info))
+    if released:
+        kd, outlier, info = (v / len(layers) for v in (kd, outlier, info))
     return SingerLosses(kd + weight["lambda_outlier"] * outlier + weight["lambda_info"] * info, kd, outlier, info)
 
 # %% ../../nbs/singer/01_adapter.ipynb #84400d73
@@ -232,15 +296,30 @@ class Singer(nn.Module):
     `matching`: whose pairing of layers (`match_layers`), the variant's by default. Its own parameters, adapters and projections, are
     trained with the student's. Source: SiNGER, section 3.3.
     """
-    def __init__(self, teacher, student, layers, rank=None, start="nullspace", variant="paper", seed=0, matching=None, **loss):
+
+    def __init__(
+        self, teacher, student, layers, rank=None, start="nullspace", variant="paper", seed=0, matching=None, **loss
+    ):
         super().__init__()
         blocks, depth = transformer_blocks(teacher), len(transformer_blocks(student))
-        self.layers, self.prefix, self.variant, self.loss = check_layers(layers, len(blocks)), prefix_tokens(teacher), variant, loss
+        self.layers, self.prefix, self.variant, self.loss = (
+            check_layers(layers, len(blocks)),
+            prefix_tokens(teacher),
+            variant,
+            loss,
+        )
         self.student_layers = match_layers(self.layers, len(blocks), depth, matching or variant)
-        self.adapters = nn.ModuleDict({str(l): SingerAdapter(linearised_ffn(blocks[min(l + 1, len(blocks) - 1)]), rank, start, variant, seed) for l in self.layers})
+        self.adapters = nn.ModuleDict(
+            {
+                str(l): SingerAdapter(linearised_ffn(blocks[min(l + 1, len(blocks) - 1)]), rank, start, variant, seed)
+                for l in self.layers
+            }
+        )
         self.projections = projections(student.embed_dim, teacher.embed_dim, self.layers, seed)
         # copies, in a list that is no submodule: their weights are neither trained nor saved
-        self._next = [{l: copy.deepcopy(blocks[l + 1]).eval().requires_grad_(False) for l in self.layers if l + 1 < len(blocks)}]
+        self._next = [
+            {l: copy.deepcopy(blocks[l + 1]).eval().requires_grad_(False) for l in self.layers if l + 1 < len(blocks)}
+        ]
         self.teacher_layers = sorted({m for l in self.layers for m in (l, l + 1) if m < len(blocks)})
 
     def refine(self, features):
@@ -256,4 +335,12 @@ class Singer(nn.Module):
         refined = self.refine(teacher)
         following = {l: (teacher[l + 1], f) for l, f in self.follow(refined).items()}
         projected = {l: self.projections[str(l)](student[s]) for l, s in zip(self.layers, self.student_layers)}
-        return singer_loss({l: teacher[l] for l in self.layers}, refined, projected, following, self.prefix, variant=self.variant, **self.loss)
+        return singer_loss(
+            {l: teacher[l] for l in self.layers},
+            refined,
+            projected,
+            following,
+            self.prefix,
+            variant=self.variant,
+            **self.loss,
+        )

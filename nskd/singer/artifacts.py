@@ -23,6 +23,7 @@ def patch_norms(tokens, prefix=1):
     "Norms of the patches of (B, tokens, D) features: (B, patches), the first `prefix` tokens left out."
     return tokens[:, prefix:].norm(dim=-1)
 
+
 def norm_statistics(norms, top=0.05):
     """Of (B, n) patch norms, one value an image: a dict of (B,) tensors.
 
@@ -31,15 +32,23 @@ def norm_statistics(norms, top=0.05):
     """
     k, median = max(1, -int(-top * norms.shape[1] // 1)), norms.median(1).values
     squares = norms.double().square()
-    return {"median": median, "excess": norms.amax(1) / median, "outliers": (norms > 3 * median[:, None]).double().mean(1), "top_share": squares.topk(k, 1).values.sum(1) / squares.sum(1)}
+    return {
+        "median": median,
+        "excess": norms.amax(1) / median,
+        "outliers": (norms > 3 * median[:, None]).double().mean(1),
+        "top_share": squares.topk(k, 1).values.sum(1) / squares.sum(1),
+    }
+
 
 @torch.no_grad()
 def artifact_report(net, images, batch_size=256, top=0.05):
     "`norm_statistics` of every block's output on `images` (N, C, H, W), means over images: a DataFrame with one row a `layer`."
     rows = {}
     for part in images.split(batch_size):
-        for l, f in block_features(net, part).items(): rows.setdefault(l, []).append(pd.DataFrame(norm_statistics(patch_norms(f, prefix_tokens(net)), top)))
+        for l, f in block_features(net, part).items():
+            rows.setdefault(l, []).append(pd.DataFrame(norm_statistics(patch_norms(f, prefix_tokens(net)), top)))
     return pd.DataFrame([{"layer": l, **pd.concat(parts).mean()} for l, parts in rows.items()])
+
 
 def subspace_energy(tokens, basis):
     "The share of each token's squared norm within the columns of an orthonormal `basis` (D, r): (…, D) → (…), in [0, 1]. Source: SiNGER, Appendix I."
@@ -50,20 +59,28 @@ def subspace_energy(tokens, basis):
 def emptiest_patches(net, images, share=0.05):
     "Which `share` of each image's patches (at least one) varies least in its pixels: (N, patches) bool; ties go to the first."
     size = net.patch_embed.patch_size
-    pixels = F.unfold(images, size, stride=size)                          # (N, pixels, patches)
+    pixels = F.unfold(images, size, stride=size)  # (N, pixels, patches)
     n = pixels.shape[2]
-    order = pixels.var(1).argsort(dim=1, stable=True)[:, :max(1, round(share * n))]
+    order = pixels.var(1).argsort(dim=1, stable=True)[:, : max(1, round(share * n))]
     return torch.zeros(len(images), n, dtype=torch.bool).scatter_(1, order, True)
 
-SHARPNESS = 10.0        # c: of a unit of 1 where open, GELU leaves at most 0.02 where shut
+
+SHARPNESS = 10.0  # c: of a unit of 1 where open, GELU leaves at most 0.02 where shut
+
 
 def _ffn_tokens(net, images, block):
     "Of all tokens of `images`: the input of the block's FFN and its hidden layer, (N, tokens, ·)."
     seen = {}
-    handles = [block.mlp.register_forward_pre_hook(lambda m, args: seen.__setitem__("input", args[0])), block.mlp.fc2.register_forward_pre_hook(lambda m, args: seen.__setitem__("hidden", args[0]))]
-    try: net.forward_features(images)
-    finally: [h.remove() for h in handles]
+    handles = [
+        block.mlp.register_forward_pre_hook(lambda m, args: seen.__setitem__("input", args[0])),
+        block.mlp.fc2.register_forward_pre_hook(lambda m, args: seen.__setitem__("hidden", args[0])),
+    ]
+    try:
+        net.forward_features(images)
+    finally:
+        [h.remove() for h in handles]
     return seen["input"], seen["hidden"]
+
 
 @torch.no_grad()
 def artifact_unit(net, images, layer, share=0.0625):
@@ -74,15 +91,27 @@ def artifact_unit(net, images, layer, share=0.0625):
     """
     block, prefix, chosen = transformer_blocks(net)[layer], prefix_tokens(net), emptiest_patches(net, images, share)
     z, hidden = _ffn_tokens(net, images, block)
-    fitted = LogisticRegression(class_weight="balanced", max_iter=2000).fit(z.flatten(0, 1).double().cpu().numpy(), F.pad(chosen, (prefix, 0)).flatten().cpu().numpy())
+    fitted = LogisticRegression(class_weight="balanced", max_iter=2000).fit(
+        z.flatten(0, 1).double().cpu().numpy(), F.pad(chosen, (prefix, 0)).flatten().cpu().numpy()
+    )
     read = torch.from_numpy(fitted.coef_[0]).to(z)
     score = z @ read
     patches = score[:, prefix:].flatten()
-    shut = torch.cat([patches.quantile(1 - share)[None], score[:, :prefix].flatten()]).max()            # no prefix token passes
-    if not (patches > shut).any(): raise ValueError(f"in block {layer} no direction tells the emptiest patches from the prefix tokens: plant in another block")
+    shut = torch.cat([patches.quantile(1 - share)[None], score[:, :prefix].flatten()]).max()  # no prefix token passes
+    if not (patches > shut).any():
+        raise ValueError(
+            f"in block {layer} no direction tells the emptiest patches from the prefix tokens: plant in another block"
+        )
     scale = (patches[patches > shut] - shut).mean()
     unit = int((hidden.flatten(0, 1).std(0) * block.mlp.fc2.weight.norm(dim=0)).argmin())
-    return {"read": read / scale, "offset": -shut / scale, "write": torch.linalg.svd(linearised_ffn(block))[2][0], "unit": unit, "level": hidden[..., unit].mean()}
+    return {
+        "read": read / scale,
+        "offset": -shut / scale,
+        "write": torch.linalg.svd(linearised_ffn(block))[2][0],
+        "unit": unit,
+        "level": hidden[..., unit].mean(),
+    }
+
 
 def amplified(net, layer, found, gain):
     "A copy of `net` whose block `layer` writes gain · GELU(c (read · z + offset)) / c · write in place of a unit, as `found` by `artifact_unit` says; gain 0: the unit is only gone."
@@ -94,7 +123,9 @@ def amplified(net, layer, found, gain):
         mlp.fc2.weight[:, j] = gain / SHARPNESS * found["write"]
     return new
 
+
 GAINS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 14.0, 16.0, 20.0, 24.0, 32.0, 48.0, 64.0)
+
 
 def plant_artifacts(net, images, labels, layer, share=0.0625, excess=6.0, most=1.0, gains=GAINS, fit=512):
     """A copy of ViT `net` whose longest patches are `excess` times the median one from block `layer` on, at most `most` points less accurate on `images`.
@@ -106,13 +137,31 @@ def plant_artifacts(net, images, labels, layer, share=0.0625, excess=6.0, most=1
     layer = check_layers([layer], len(transformer_blocks(net)))[0]
     some = images[:fit]
     found = artifact_unit(net, some, layer, share)
-    with torch.no_grad(): scale = float(patch_norms(block_features(net, some, [layer])[layer], prefix_tokens(net)).median())
-    accuracy, longest = (lambda n: evaluate(n, images, labels, "rs")["accuracy"]), (lambda n: float(artifact_report(n, some).excess[layer]))
+    with torch.no_grad():
+        scale = float(patch_norms(block_features(net, some, [layer])[layer], prefix_tokens(net)).median())
+    accuracy, longest = (
+        (lambda n: evaluate(n, images, labels, "rs")["accuracy"]),
+        (lambda n: float(artifact_report(n, some).excess[layer])),
+    )
     for gain in sorted(gains):
         new = amplified(net, layer, found, gain * scale)
-        if (reached := longest(new)) >= excess: break
-    else: raise ValueError(f"planting in block {layer} makes the longest patch {reached:.1f} times the median one at a gain of {max(gains)}, not {excess}: try another block or larger gains")
+        if (reached := longest(new)) >= excess:
+            break
+    else:
+        raise ValueError(
+            f"planting in block {layer} makes the longest patch {reached:.1f} times the median one at a gain of {max(gains)}, not {excess}: try another block or larger gains"
+        )
     before, after = accuracy(net), accuracy(new)
-    if after < before - most: raise ValueError(f"planting in block {layer} costs {before - after:.1f} points of accuracy, more than {most}: try another block or a smaller excess")
-    new.planted = {"layer": layer, "gain": gain, "accuracy_before": before, "accuracy_after": after, "excess_before": longest(net), "excess_after": reached}
+    if after < before - most:
+        raise ValueError(
+            f"planting in block {layer} costs {before - after:.1f} points of accuracy, more than {most}: try another block or a smaller excess"
+        )
+    new.planted = {
+        "layer": layer,
+        "gain": gain,
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "excess_before": longest(net),
+        "excess_after": reached,
+    }
     return new

@@ -21,6 +21,7 @@ class FitNet(nn.Module):
     `layers`: of the teacher, as in `nskd.singer.adapter.Singer`. variant "paper": patches only, "released": all tokens, mean over layers.
     `teacher_layers` and `student_layers` are what must be given. Source: SiNGER, Eq. 1 and 9.
     """
+
     def __init__(self, teacher, student, layers, variant="paper", seed=0):
         super().__init__()
         one_of(variant, VARIANTS, "variant")
@@ -31,8 +32,12 @@ class FitNet(nn.Module):
         self.projections = projections(student.embed_dim, teacher.embed_dim, self.layers, seed)
 
     def forward(self, teacher, student):
-        errors = [F.mse_loss(self.projections[str(l)](student[s])[:, self.prefix:], teacher[l][:, self.prefix:]) for l, s in zip(self.layers, self.student_layers)]
+        errors = [
+            F.mse_loss(self.projections[str(l)](student[s])[:, self.prefix :], teacher[l][:, self.prefix :])
+            for l, s in zip(self.layers, self.student_layers)
+        ]
         return sum(errors) if self.variant == "paper" else sum(errors) / len(errors)
+
 
 class ViTKD(nn.Module):
     """Mimicking and masked generation: call it as `FitNet`; a scalar. ViTs with the same square or oblong grid of patches.
@@ -43,44 +48,70 @@ class ViTKD(nn.Module):
     `matching`: whose pairing of layers, the variant's by default.
     Source: Yang et al. 2024; SiNGER, section 4.1 and Appendix D.
     """
+
     def __init__(self, teacher, student, layers=None, variant="paper", masked=0.5, seed=0, matching=None):
         super().__init__()
         one_of(variant, VARIANTS, "variant")
-        if not 0 < masked < 1: raise ValueError(f"masked must lie between 0 and 1, both excluded, not {masked!r}")
+        if not 0 < masked < 1:
+            raise ValueError(f"masked must lie between 0 and 1, both excluded, not {masked!r}")
         depths = [len(transformer_blocks(n)) for n in (teacher, student)]
         low, high = ([0, 1], [depths[0] - 1]) if variant == "paper" else ([], check_layers(layers or [-1], depths[0]))
-        self.variant, self.masked, self.grid, self.prefix = variant, masked, teacher.patch_embed.grid_size, prefix_tokens(teacher)
+        self.variant, self.masked, self.grid, self.prefix = (
+            variant,
+            masked,
+            teacher.patch_embed.grid_size,
+            prefix_tokens(teacher),
+        )
         # shallow layers are paired by number, not by depth
         self.pairs = {**{l: l for l in low}, **dict(zip(high, match_layers(high, *depths, matching or variant)))}
-        self.low, self.high, self.teacher_layers, self.student_layers = low, high, sorted(self.pairs), sorted(set(self.pairs.values()))
+        self.low, self.high, self.teacher_layers, self.student_layers = (
+            low,
+            high,
+            sorted(self.pairs),
+            sorted(set(self.pairs.values())),
+        )
         self.projections, d = projections(student.embed_dim, teacher.embed_dim, self.pairs, seed), teacher.embed_dim
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.generators = nn.ModuleDict({str(l): nn.Sequential(nn.Conv2d(d, d, 3, padding=1), nn.ReLU(), nn.Conv2d(d, d, 3, padding=1)) for l in high})
+            self.generators = nn.ModuleDict(
+                {
+                    str(l): nn.Sequential(nn.Conv2d(d, d, 3, padding=1), nn.ReLU(), nn.Conv2d(d, d, 3, padding=1))
+                    for l in high
+                }
+            )
         self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
         if variant == "released":
-            for p in (*self.generators.parameters(), self.mask_token): p.requires_grad_(False)
+            for p in (*self.generators.parameters(), self.mask_token):
+                p.requires_grad_(False)
         self.g = torch.Generator().manual_seed(seed)
 
     def hidden(self, batch, tokens):
         "Which tokens are hidden, (batch, tokens) bool: exactly the share `masked` of each image (paper), or each with that probability."
         noise = torch.rand(batch, tokens, generator=self.g)
-        return noise <= self.masked if self.variant == "released" else noise.argsort(1).argsort(1) >= int(tokens * (1 - self.masked))
+        return (
+            noise <= self.masked
+            if self.variant == "released"
+            else noise.argsort(1).argsort(1) >= int(tokens * (1 - self.masked))
+        )
 
     def generate(self, layer, tokens, hidden):
         "The teacher's tokens, generated from the student's projected ones with the `hidden` ones replaced by the mask token; a [CLS] at the front passes by."
         tokens = torch.where(hidden[..., None], self.mask_token, tokens)
-        front, patches = tokens[:, :tokens.shape[1] - self.grid[0] * self.grid[1]], tokens[:, tokens.shape[1] - self.grid[0] * self.grid[1]:]
+        front, patches = (
+            tokens[:, : tokens.shape[1] - self.grid[0] * self.grid[1]],
+            tokens[:, tokens.shape[1] - self.grid[0] * self.grid[1] :],
+        )
         return torch.cat([front, self.generators[str(layer)](patches.mT.unflatten(2, self.grid)).flatten(2).mT], 1)
 
     def forward(self, teacher, student):
         paper, loss = self.variant == "paper", 0.0
-        cut = (lambda t: t[:, self.prefix:]) if paper else (lambda t: t)
+        cut = (lambda t: t[:, self.prefix :]) if paper else (lambda t: t)
         for l, s in self.pairs.items():
             t, p = cut(teacher[l]), self.projections[str(l)](cut(student[s]))
-            if l in self.low: loss = loss + 3e-5 * (p - t).square().sum() / len(t)
+            if l in self.low:
+                loss = loss + 3e-5 * (p - t).square().sum() / len(t)
             else:
                 hidden = self.hidden(*p.shape[:2]).to(p.device)
-                wrong = (self.generate(l, p, hidden) - t).square()[hidden]                                  # (hidden tokens, D)
+                wrong = (self.generate(l, p, hidden) - t).square()[hidden]  # (hidden tokens, D)
                 loss = loss + (3e-6 / self.masked * wrong.sum() / len(t) if paper else wrong.mean())
         return loss

@@ -27,14 +27,27 @@ def sublayer_changes(net, images):
     for l, block in enumerate(transformer_blocks(net)):
         seen = {}
         keep = lambda name: lambda m, args, out: seen.update({f"{name} in": args[0], name: out})
-        handles = [block.register_forward_hook(keep("block")), block.norm2.register_forward_hook(keep("norm2")), block.mlp.fc2.register_forward_hook(keep("fc2"))]
-        try: net.forward_features(images)
+        handles = [
+            block.register_forward_hook(keep("block")),
+            block.norm2.register_forward_hook(keep("norm2")),
+            block.mlp.fc2.register_forward_hook(keep("fc2")),
+        ]
+        try:
+            net.forward_features(images)
         finally:
-            for h in handles: h.remove()
+            for h in handles:
+                h.remove()
         size = {name: patch_norms(t, prefix) for name, t in seen.items()}
-        middle = seen["norm2 in"]                                               # after attention, before the FFN
-        rows.append({"layer": l, "attention": float((patch_norms(middle - seen["block in"], prefix) / size["block in"]).mean()), "ffn": float((patch_norms(seen["block"] - middle, prefix) / size["norm2 in"]).mean()),
-                     "ffn1": float((size["fc2 in"] / size["norm2"]).mean()), "ffn2": float((size["fc2"] / size["fc2 in"]).mean())})
+        middle = seen["norm2 in"]  # after attention, before the FFN
+        rows.append(
+            {
+                "layer": l,
+                "attention": float((patch_norms(middle - seen["block in"], prefix) / size["block in"]).mean()),
+                "ffn": float((patch_norms(seen["block"] - middle, prefix) / size["norm2 in"]).mean()),
+                "ffn1": float((size["fc2 in"] / size["norm2"]).mean()),
+                "ffn2": float((size["fc2"] / size["fc2 in"]).mean()),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/singer/05_checks.ipynb #4e9efda0
@@ -45,12 +58,15 @@ def token_jacobian(block, tokens, prefix=1, most=16):
     total = torch.zeros(d, d)
     for i in picks.tolist():
         image, token = i // (n - prefix), prefix + i % (n - prefix)
+
         def out(v):
-            x = tokens[image:image + 1].clone()
+            x = tokens[image : image + 1].clone()
             x[0, token] = v
             return block(x)[0, token]
+
         total += torch.autograd.functional.jacobian(out, tokens[image, token], vectorize=True).mT
     return total / len(picks)
+
 
 @torch.no_grad()
 def output_change(block, tokens, basis, prefix=1, size=0.1, seed=0):
@@ -67,17 +83,40 @@ def output_change(block, tokens, basis, prefix=1, size=0.1, seed=0):
     before, after = (block(t)[:, prefix:] for t in (tokens, moved))
     ffn = [block.mlp(block.norm2(t))[:, prefix:] for t in (tokens, moved)]
     length = step.norm(dim=-1)
-    return {"moved": float(((after - before).norm(dim=-1) / length).mean()), "ffn": float(((ffn[1] - ffn[0]).norm(dim=-1) / length).mean()), "linear": float(((step @ linearised_ffn(block)).norm(dim=-1) / length).mean()),
-            "relative": float(((after - before).norm(dim=-1) / before.norm(dim=-1)).mean()), "cosine": float(F.cosine_similarity(before, after, dim=-1).mean()), "cka": linear_cka(before.flatten(0, 1), after.flatten(0, 1))}
+    return {
+        "moved": float(((after - before).norm(dim=-1) / length).mean()),
+        "ffn": float(((ffn[1] - ffn[0]).norm(dim=-1) / length).mean()),
+        "linear": float(((step @ linearised_ffn(block)).norm(dim=-1) / length).mean()),
+        "relative": float(((after - before).norm(dim=-1) / before.norm(dim=-1)).mean()),
+        "cosine": float(F.cosine_similarity(before, after, dim=-1).mean()),
+        "cka": linear_cka(before.flatten(0, 1), after.flatten(0, 1)),
+    }
+
 
 def direction_report(block, tokens, rank, prefix=1, seed=0):
     "`output_change` for four spans of `rank` directions (null and principal of the linearised FFN, null of the Jacobian, random): a DataFrame with the column `span`."
-    ffn, jacobian = left_nullspace(linearised_ffn(block), rank), left_nullspace(token_jacobian(block, tokens, prefix), rank)
+    ffn, jacobian = (
+        left_nullspace(linearised_ffn(block), rank),
+        left_nullspace(token_jacobian(block, tokens, prefix), rank),
+    )
     random = torch.linalg.qr(torch.randn(tokens.shape[-1], rank, generator=torch.Generator().manual_seed(seed)))[0]
-    return pd.DataFrame([{"span": name, **output_change(block, tokens, basis, prefix, seed=seed)} for name, basis in
-                         (("null", ffn.basis), ("principal", ffn.principal), ("jacobian", jacobian.basis), ("random", random))])
+    return pd.DataFrame(
+        [
+            {"span": name, **output_change(block, tokens, basis, prefix, seed=seed)}
+            for name, basis in (
+                ("null", ffn.basis),
+                ("principal", ffn.principal),
+                ("jacobian", jacobian.basis),
+                ("random", random),
+            )
+        ]
+    )
+
 
 def norm_energy_correlation(tokens, space, prefix=1):
-    "Pearson correlation of patch norms with their energy in the null and in the principal directions of `space`: {\"null\", \"principal\"}. Source: SiNGER, Appendix I."
+    'Pearson correlation of patch norms with their energy in the null and in the principal directions of `space`: {"null", "principal"}. Source: SiNGER, Appendix I.'
     norms = patch_norms(tokens, prefix).flatten()
-    return {name: float(torch.corrcoef(torch.stack([norms, subspace_energy(tokens[:, prefix:], basis).flatten()]))[0, 1]) for name, basis in (("null", space.basis), ("principal", space.principal))}
+    return {
+        name: float(torch.corrcoef(torch.stack([norms, subspace_energy(tokens[:, prefix:], basis).flatten()]))[0, 1])
+        for name, basis in (("null", space.basis), ("principal", space.principal))
+    }

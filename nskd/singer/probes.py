@@ -25,18 +25,32 @@ def canvas_digits(size=16, copies=1, seed=0):
     `copies`: how many canvases a training digit gets; test digits have one. Its `ink` {"train", "test"} says where the digits lie: (N, size, size) bool, their
     pixels above a quarter of the brightest; its `corner` (N, 2) where their squares begin. ValueError for a size below 8.
     """
-    if size < 8: raise ValueError(f"a canvas for 8×8 digits must have at least 8 pixels, not {size!r}")
+    if size < 8:
+        raise ValueError(f"a canvas for 8×8 digits must have at least 8 pixels, not {size!r}")
     digits, g = load_dataset("digits"), torch.Generator().manual_seed(seed)
     pixels, labels, corner = {}, {}, {}
     for split, n in (("train", copies), ("test", 1)):
         x = (digits.unnormalise(getattr(digits, f"{split}_images")) * 16).round().byte().repeat(n, 1, 1, 1)
-        labels[split], corner[split] = getattr(digits, f"{split}_labels").repeat(n), torch.randint(0, size - 7, (len(x), 2), generator=g)
+        labels[split], corner[split] = (
+            getattr(digits, f"{split}_labels").repeat(n),
+            torch.randint(0, size - 7, (len(x), 2), generator=g),
+        )
         rows, cols = (corner[split][:, i, None] + torch.arange(8) for i in (0, 1))
         pixels[split] = torch.zeros(len(x), 1, size, size, dtype=torch.uint8)
-        pixels[split][torch.arange(len(x))[:, None, None], :, rows[:, :, None], cols[:, None, :]] = x.permute(0, 2, 3, 1)
-    ds = Dataset(f"canvas{size}", pixels, labels, digits.class_names, white=16, source=f"scikit-learn's digits, each on a canvas of {size} pixels at a place drawn from seed {seed}")
+        pixels[split][torch.arange(len(x))[:, None, None], :, rows[:, :, None], cols[:, None, :]] = x.permute(
+            0, 2, 3, 1
+        )
+    ds = Dataset(
+        f"canvas{size}",
+        pixels,
+        labels,
+        digits.class_names,
+        white=16,
+        source=f"scikit-learn's digits, each on a canvas of {size} pixels at a place drawn from seed {seed}",
+    )
     ds.ink, ds.corner = {s: p[:, 0] > 4 for s, p in pixels.items()}, corner
     return ds
+
 
 def patch_labels(ds, split, patch):
     "For every `patch` × `patch` square of every canvas: 0 where it holds no ink, else 1 + the digit; (N, patches) int64, row by row."
@@ -49,10 +63,20 @@ def last_patches(net, images, layer=-1, batch_size=256):
     "What leaves block `layer` of ViT `net`, patches only, in evaluation mode: (N, patches, D)."
     mode = net.training
     net.eval()
-    try: return torch.cat([next(iter(block_features(net, part, [layer]).values()))[:, prefix_tokens(net):] for part in images.split(batch_size)])
-    finally: net.train(mode)
+    try:
+        return torch.cat(
+            [
+                next(iter(block_features(net, part, [layer]).values()))[:, prefix_tokens(net) :]
+                for part in images.split(batch_size)
+            ]
+        )
+    finally:
+        net.train(mode)
 
-def _probe(x, y): return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3)).fit(x, y)
+
+def _probe(x, y):
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3)).fit(x, y)
+
 
 def linear_probes(train, test, labels, patches, most=8000, seed=0):
     """Linear probes on frozen features: {"accuracy": 0 … 100, "miou": 0 … 100}.
@@ -64,7 +88,9 @@ def linear_probes(train, test, labels, patches, most=8000, seed=0):
     accuracy = 100 * classify.score(test.mean(1).numpy(), labels[1].numpy())
     x, y, g = train.flatten(0, 1), patches[0].flatten(), torch.Generator().manual_seed(seed)
     each = -(-most // len(y.unique()))
-    chosen = torch.cat([(i := (y == c).nonzero()[:, 0])[torch.randperm(len(i), generator=g)[:each]] for c in y.unique()])
+    chosen = torch.cat(
+        [(i := (y == c).nonzero()[:, 0])[torch.randperm(len(i), generator=g)[:each]] for c in y.unique()]
+    )
     dense = _probe(x[chosen].numpy(), y[chosen].numpy())
     found = dense.predict(test.flatten(0, 1).numpy())
     return {"accuracy": accuracy, "miou": 100 * jaccard_score(patches[1].flatten().numpy(), found, average="macro")}
@@ -73,6 +99,7 @@ def linear_probes(train, test, labels, patches, most=8000, seed=0):
 def gram_distance(a, b, cosine=True):
     "‖G(a) − G(b)‖_F of each image's patches: (B, n, D), (B, n, D') → (B,); of normalised features unless `cosine` is False. Source: SiNGER, section 4.5."
     return (gram(a, cosine) - gram(b, cosine)).norm(dim=(1, 2))
+
 
 def linear_cka(a, b):
     "Linear CKA of two sets of features for the same tokens: (N, D), (N, D') → a float in [0, 1]. Source: Kornblith et al. 2019."

@@ -37,6 +37,7 @@ from ..teachers import decayed_groups, teacher_recipe, train_teacher
 # %% ../../nbs/singer/06_feature_students.ipynb #3ed5aed7
 class SingerParameters(RunParameters):
     "Parameters of SiNGER's notebooks; their own comments say what each is."
+
     narrow: ClassVar[dict] = {"vit_small": 1 / 8, "vit_tiny": 1 / 8}
     absent: ClassVar[tuple] = ("budget_seconds",)
     teacher: str = "vit_small"
@@ -60,34 +61,46 @@ class SingerParameters(RunParameters):
     lr: float = Field(2e-3, gt=0)
     probe_patches: int = Field(8000, ge=22)
 
-    def networks(self): return {self.teacher, self.student}
+    def networks(self):
+        return {self.teacher, self.student}
 
     @field_validator("alpha")
     @classmethod
     def _alpha(cls, v):
-        if not 0 < v < 1: raise ValueError(f"the percentile alpha must lie between 0 and 1, both excluded, not {v!r}")
+        if not 0 < v < 1:
+            raise ValueError(f"the percentile alpha must lie between 0 and 1, both excluded, not {v!r}")
         return v
 
     @model_validator(mode="after")
     def _fits(self):
         nets = [self.network(role, 0) for role in ("teacher", "student")]
         depth = [len(transformer_blocks(n)) for n in nets][0]
-        check_layers(self.layers, depth); check_layers([self.plant_layer], depth)
-        if self.rank > nets[0].embed_dim: raise ValueError(f"rank must be at most the teacher's width {nets[0].embed_dim}, not {self.rank}")
+        check_layers(self.layers, depth)
+        check_layers([self.plant_layer], depth)
+        if self.rank > nets[0].embed_dim:
+            raise ValueError(f"rank must be at most the teacher's width {nets[0].embed_dim}, not {self.rank}")
         return self
 
     def network(self, role, seed):
-        "An untrained network: `role` \"teacher\" or \"student\"."
+        'An untrained network: `role` "teacher" or "student".'
         name = getattr(self, role)
         return create_model(name, in_channels=1, image_size=self.canvas, width=self.width_of(name), seed=seed)
 
-    def loss(self): return {"rank": self.rank, "alpha": self.alpha, "lambda_outlier": self.lambda_outlier, "lambda_info": self.lambda_info, "cosine": self.gram == "cosine"}
+    def loss(self):
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "lambda_outlier": self.lambda_outlier,
+            "lambda_info": self.lambda_info,
+            "cosine": self.gram == "cosine",
+        }
 
 # %% ../../nbs/singer/06_feature_students.ipynb #fc0be381
 @lru_cache(2)
 def canvas_data(size, copies):
     "`canvas_digits(size, copies)`, made once in a process."
     return canvas_digits(size, copies)
+
 
 def singer_teacher(p, seed, planted=False):
     """The teacher of `seed`, trained or from the cache; `planted`: its copy with artifacts, which has `planted` as `plant_artifacts` says.
@@ -96,17 +109,41 @@ def singer_teacher(p, seed, planted=False):
     """
     ds = canvas_data(p.canvas, p.copies)
     recipe = teacher_recipe(ds, p.teacher)
-    if p.teacher_epochs: recipe = recipe.replace(epochs=p.teacher_epochs)
-    net = train_teacher(p.teacher, ds, width=p.width_of(p.teacher), seed=seed, recipe=recipe, device=p.device, progress=False)
+    if p.teacher_epochs:
+        recipe = recipe.replace(epochs=p.teacher_epochs)
+    net = train_teacher(
+        p.teacher, ds, width=p.width_of(p.teacher), seed=seed, recipe=recipe, device=p.device, progress=False
+    )
     if not planted:
         net.record["accuracy"] = net.record["accuracy"]["rs"]
         return net
-    config = {"teacher": net.record["key"], "data": ds.fingerprint, "layer": p.plant_layer, "images": p.images, "share": p.plant_share, "excess": p.plant_excess, "most": p.most}
+    config = {
+        "teacher": net.record["key"],
+        "data": ds.fingerprint,
+        "layer": p.plant_layer,
+        "images": p.images,
+        "share": p.plant_share,
+        "excess": p.plant_excess,
+        "most": p.most,
+    }
 
     def make(directory):
-        new = plant_artifacts(net.cpu(), ds.train_images[:p.images or 1000], ds.train_labels[:p.images or 1000], p.plant_layer, p.plant_share, p.plant_excess, p.most)
+        new = plant_artifacts(
+            net.cpu(),
+            ds.train_images[: p.images or 1000],
+            ds.train_labels[: p.images or 1000],
+            p.plant_layer,
+            p.plant_share,
+            p.plant_excess,
+            p.most,
+        )
         save_tensors(directory / "weights.safetensors", new.state_dict())
-        return {"planted": new.planted, "key": tensors_key(new.state_dict()), "accuracy": evaluate(new, ds.test_images, ds.test_labels, "rs")["accuracy"]}
+        return {
+            "planted": new.planted,
+            "key": tensors_key(new.state_dict()),
+            "accuracy": evaluate(new, ds.test_images, ds.test_labels, "rs")["accuracy"],
+        }
+
     record = cached("planted", config, make, label=f"{p.teacher}-{seed}", files=["weights.safetensors"])
     net.load_state_dict(load_tensors(f"{record['directory']}/weights.safetensors"))
     net.record, net.planted = record, record["planted"]
@@ -115,17 +152,22 @@ def singer_teacher(p, seed, planted=False):
 # %% ../../nbs/singer/06_feature_students.ipynb #cf05350c
 SINGER = {
     "singer": {},
-    "random": dict(start="random", lambda_outlier=0.0, lambda_info=0.0), "nullspace": dict(lambda_outlier=0.0, lambda_info=0.0),
-    "outlier": dict(lambda_info=0.0), "info": dict(lambda_outlier=0.0),
+    "random": dict(start="random", lambda_outlier=0.0, lambda_info=0.0),
+    "nullspace": dict(lambda_outlier=0.0, lambda_info=0.0),
+    "outlier": dict(lambda_info=0.0),
+    "info": dict(lambda_outlier=0.0),
     # not in the paper's Table 4: its Table 5a's random start, the Gram matrix as printed, the released code at our rank. Layers are always
     # paired by depth: of equally deep networks the released pairing would leave the student's last block untrained
-    "random_full": dict(start="random"), "printed_gram": dict(cosine=False),
+    "random_full": dict(start="random"),
+    "printed_gram": dict(cosine=False),
     "released": dict(variant="released", alpha=0.97, lambda_outlier=0.01, cosine=None),
 }
 METHODS = ("untrained", "none", "fitnet", "vitkd", "vitkd_released", *SINGER)
 
+
 class StudentJob(Config):
     "One student: what `train_feature_student` needs."
+
     method: str
     seed: int
     planted: bool
@@ -133,43 +175,68 @@ class StudentJob(Config):
 
     @field_validator("method")
     @classmethod
-    def _method(cls, v): return one_of(v, METHODS, "method")
+    def _method(cls, v):
+        return one_of(v, METHODS, "method")
+
 
 def feature_method(job, teacher, student):
     "The trained part of a job besides its student: a `Singer`, `FitNet` or `ViTKD`; None for students without a teacher."
     p, seed = job.p, 2_000_000 + job.seed
-    if job.method in ("untrained", "none"): return None
-    if job.method == "fitnet": return FitNet(teacher, student, p.layers, seed=seed)
-    if job.method.startswith("vitkd"): return ViTKD(teacher, student, p.layers, "released" if job.method == "vitkd_released" else "paper", seed=seed, matching="paper")
+    if job.method in ("untrained", "none"):
+        return None
+    if job.method == "fitnet":
+        return FitNet(teacher, student, p.layers, seed=seed)
+    if job.method.startswith("vitkd"):
+        return ViTKD(
+            teacher,
+            student,
+            p.layers,
+            "released" if job.method == "vitkd_released" else "paper",
+            seed=seed,
+            matching="paper",
+        )
     return Singer(teacher, student, p.layers, seed=seed, matching="paper", **{**p.loss(), **SINGER[job.method]})
 
 # %% ../../nbs/singer/06_feature_students.ipynb #818daa29
 def _fit(job, teacher, student, method, ds, device):
     "Train `student` and `method` in place; the loss of every step."
     p, g = job.p, torch.Generator().manual_seed(job.seed)
-    x, y = ds.train_images[:p.images].to(device), ds.train_labels[:p.images].to(device)
+    x, y = ds.train_images[: p.images].to(device), ds.train_labels[: p.images].to(device)
     with torch.no_grad():
         parts = [block_features(teacher, part, method.teacher_layers) for part in x.split(256)] if method else []
-    known = {l: torch.cat([f[l] for f in parts]) for l in (method.teacher_layers if method else ())}         # no augmentation: once is enough
+    known = {
+        l: torch.cat([f[l] for f in parts]) for l in (method.teacher_layers if method else ())
+    }  # no augmentation: once is enough
     groups = decayed_groups(nn.ModuleList([student, method] if method else [student]), 0.05)
     opt = torch.optim.AdamW([{**d, "params": [q for q in d["params"] if q.requires_grad]} for d in groups], p.lr)
     ramp = max(1, p.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t + 1) / ramp, 0.5 * (1 + math.cos(math.pi * t / p.steps))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda t: min((t + 1) / ramp, 0.5 * (1 + math.cos(math.pi * t / p.steps)))
+    )
     history, order = [], torch.empty(0, dtype=torch.long)
     student.train()
     for step in range(p.steps):
-        if len(order) < p.batch_size: order = torch.randperm(len(y), generator=g)
-        now, order = order[:p.batch_size].to(device), order[p.batch_size:]
-        if method is None: loss = F.cross_entropy(student(x[now]), y[now])
+        if len(order) < p.batch_size:
+            order = torch.randperm(len(y), generator=g)
+        now, order = order[: p.batch_size].to(device), order[p.batch_size :]
+        if method is None:
+            loss = F.cross_entropy(student(x[now]), y[now])
         else:
-            found = method({l: f[now] for l, f in known.items()}, block_features(student, x[now], method.student_layers))
+            found = method(
+                {l: f[now] for l, f in known.items()}, block_features(student, x[now], method.student_layers)
+            )
             loss = getattr(found, "total", found)
-        if not torch.isfinite(loss): raise FloatingPointError(f"the loss of {job.method} is {loss.item()} at step {step}: lower lr")
-        opt.zero_grad(); loss.backward()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss of {job.method} is {loss.item()} at step {step}: lower lr")
+        opt.zero_grad()
+        loss.backward()
         nn.utils.clip_grad_norm_([q for d in opt.param_groups for q in d["params"]], 1.0)
-        opt.step(); schedule.step(); history.append(float(loss.detach()))
+        opt.step()
+        schedule.step()
+        history.append(float(loss.detach()))
     student.eval()
     return history
+
 
 def train_feature_student(job):
     """Train and judge one student, or find it in the cache: a flat record, one row of a table.
@@ -180,31 +247,90 @@ def train_feature_student(job):
     p, ds, device = job.p, canvas_data(job.p.canvas, job.p.copies), pick_device(job.p.device)
     teacher, student = singer_teacher(p, job.seed, job.planted), p.network("student", 1_000_000 + job.seed).to(device)
     method = feature_method(job, teacher, student)
-    settings = {**p.model_dump(include={"student", "width", "images", "layers", "rank", "alpha", "lambda_outlier", "lambda_info", "gram", "steps", "batch_size", "lr", "probe_patches"}), "method": job.method, "seed": job.seed}
-    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "settings": settings, "device": device.type, "threads": torch.get_num_threads()}
+    settings = {
+        **p.model_dump(
+            include={
+                "student",
+                "width",
+                "images",
+                "layers",
+                "rank",
+                "alpha",
+                "lambda_outlier",
+                "lambda_info",
+                "gram",
+                "steps",
+                "batch_size",
+                "lr",
+                "probe_patches",
+            }
+        ),
+        "method": job.method,
+        "seed": job.seed,
+    }
+    config = {
+        "teacher": teacher.record["key"],
+        "data": ds.fingerprint,
+        "settings": settings,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
 
     def make(directory):
         start = time.perf_counter()
         with deterministic(device), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(job.seed)
-            history = [] if job.method == "untrained" else _fit(job, teacher, student, method.to(device) if method else None, ds, device)
+            history = (
+                []
+                if job.method == "untrained"
+                else _fit(job, teacher, student, method.to(device) if method else None, ds, device)
+            )
         seconds = time.perf_counter() - start
         save_tensors(directory / "student.safetensors", student.state_dict())
-        if method is not None: save_tensors(directory / "method.safetensors", {**method.state_dict(), "none": torch.zeros(0)})
-        return {"seconds": round(seconds, 2), "loss": history[-1] if history else math.nan, **_judge_student(p, ds, teacher, student.cpu()),
-                **(adapter_measures(method.cpu(), teacher.cpu(), ds.test_images) if isinstance(method, Singer) else {})}
-    record = cached("feature_students", config, make, label=f"{job.method}-{'planted' if job.planted else 'clean'}-{job.seed}", files=["student.safetensors"], device=device)
-    return {"method": job.method, "seed": job.seed, "planted": job.planted, "teacher_accuracy": teacher.record["accuracy"], **record}
+        if method is not None:
+            save_tensors(directory / "method.safetensors", {**method.state_dict(), "none": torch.zeros(0)})
+        return {
+            "seconds": round(seconds, 2),
+            "loss": history[-1] if history else math.nan,
+            **_judge_student(p, ds, teacher, student.cpu()),
+            **(adapter_measures(method.cpu(), teacher.cpu(), ds.test_images) if isinstance(method, Singer) else {}),
+        }
+
+    record = cached(
+        "feature_students",
+        config,
+        make,
+        label=f"{job.method}-{'planted' if job.planted else 'clean'}-{job.seed}",
+        files=["student.safetensors"],
+        device=device,
+    )
+    return {
+        "method": job.method,
+        "seed": job.seed,
+        "planted": job.planted,
+        "teacher_accuracy": teacher.record["accuracy"],
+        **record,
+    }
 
 # %% ../../nbs/singer/06_feature_students.ipynb #4cab676f
 def _judge_student(p, ds, teacher, student):
     patch = student.patch_embed.patch_size[0]
-    labels, dense = (ds.train_labels[:p.images], ds.test_labels), (patch_labels(ds, "train", patch)[:p.images], patch_labels(ds, "test", patch))
-    features = [last_patches(student, x) for x in (ds.train_images[:p.images], ds.test_images)]
+    labels, dense = (
+        (ds.train_labels[: p.images], ds.test_labels),
+        (patch_labels(ds, "train", patch)[: p.images], patch_labels(ds, "test", patch)),
+    )
+    features = [last_patches(student, x) for x in (ds.train_images[: p.images], ds.test_images)]
     theirs = last_patches(teacher.cpu(), ds.test_images)
-    norms = {k: float(v.mean()) for k, v in norm_statistics(features[1].norm(dim=-1)).items() if k in ("excess", "top_share")}
-    return {**linear_probes(*features, labels, dense, p.probe_patches), **norms, "gram_distance": float(gram_distance(features[1], theirs).mean()),
-            "cka": linear_cka(features[1].flatten(0, 1), theirs.flatten(0, 1))}
+    norms = {
+        k: float(v.mean()) for k, v in norm_statistics(features[1].norm(dim=-1)).items() if k in ("excess", "top_share")
+    }
+    return {
+        **linear_probes(*features, labels, dense, p.probe_patches),
+        **norms,
+        "gram_distance": float(gram_distance(features[1], theirs).mean()),
+        "cka": linear_cka(features[1].flatten(0, 1), theirs.flatten(0, 1)),
+    }
+
 
 @torch.no_grad()
 def adapter_measures(singer, teacher, images):
@@ -218,22 +344,40 @@ def adapter_measures(singer, teacher, images):
     following, found, patches = singer.follow(refined), {}, lambda t: t[:, prefix:]
     cosine = lambda a, b: float(F.cosine_similarity(patches(a), patches(b), dim=-1).mean())
     for l in singer.layers:
-        for matrix, values in alignment(singer.adapters[str(l)]).items(): found |= {f"{k}_{matrix}_{l}": v for k, v in values.items()}
+        for matrix, values in alignment(singer.adapters[str(l)]).items():
+            found |= {f"{k}_{matrix}_{l}": v for k, v in values.items()}
         for when, f in (("before", features[l]), ("after", refined[l])):
-            found |= {f"{k}_{when}_{l}": float(v.mean()) for k, v in norm_statistics(patch_norms(f, prefix)).items() if k in ("excess", "top_share")}
-        found |= {f"cosine_{l}": cosine(features[l], refined[l]), f"gram_{l}": float(gram_distance(patches(features[l]), patches(refined[l])).mean()),
-                  f"added_{l}": float(((refined[l] - features[l]).norm(dim=-1) / features[l].norm(dim=-1))[:, prefix:].mean())}
-        if l in following: found[f"cosine_next_{l}"] = cosine(features[l + 1], following[l])
+            found |= {
+                f"{k}_{when}_{l}": float(v.mean())
+                for k, v in norm_statistics(patch_norms(f, prefix)).items()
+                if k in ("excess", "top_share")
+            }
+        found |= {
+            f"cosine_{l}": cosine(features[l], refined[l]),
+            f"gram_{l}": float(gram_distance(patches(features[l]), patches(refined[l])).mean()),
+            f"added_{l}": float(
+                ((refined[l] - features[l]).norm(dim=-1) / features[l].norm(dim=-1))[:, prefix:].mean()
+            ),
+        }
+        if l in following:
+            found[f"cosine_next_{l}"] = cosine(features[l + 1], following[l])
     return found
+
 
 def trained_singer(job):
     "Teacher, student and `Singer` of a job with a method of SiNGER, trained or from the cache, in evaluation mode on the CPU."
     p = job.p
-    with threads(1): record, teacher = train_feature_student(job), singer_teacher(p, job.seed, job.planted).cpu()          # as `run_parallel` trains them
+    with threads(1):
+        record, teacher = (
+            train_feature_student(job),
+            singer_teacher(p, job.seed, job.planted).cpu(),
+        )  # as `run_parallel` trains them
     student = p.network("student", 1_000_000 + job.seed).eval()
     method = feature_method(job, teacher, student)
     student.load_state_dict(load_tensors(f"{record['directory']}/student.safetensors"))
-    method.load_state_dict({k: v for k, v in load_tensors(f"{record['directory']}/method.safetensors").items() if k != "none"})
+    method.load_state_dict(
+        {k: v for k, v in load_tensors(f"{record['directory']}/method.safetensors").items() if k != "none"}
+    )
     return teacher, student, method
 
 # %% ../../nbs/singer/06_feature_students.ipynb #9fa8cba7
@@ -241,28 +385,62 @@ def teach_planted(job):
     p, seed = job
     return [teacher_record(p, seed, planted) for planted in (False, True)]
 
+
 def teacher_record(p, seed, planted):
     "The teacher's own row: probes of its last patches, and its artifacts where students are taught; a flat dict."
     teacher, ds = singer_teacher(p, seed, planted), canvas_data(p.canvas, p.copies)
-    config = {"teacher": teacher.record["key"], "data": ds.fingerprint, "probe_patches": p.probe_patches, "images": p.images}
+    config = {
+        "teacher": teacher.record["key"],
+        "data": ds.fingerprint,
+        "probe_patches": p.probe_patches,
+        "images": p.images,
+    }
+
     def make(directory):
         report = artifact_report(teacher.cpu(), ds.test_images).to_dict("records")
         return {**_judge_student(p, ds, teacher, teacher), "artifacts": report}
+
     record = cached("singer_teachers", config, make, label=f"{p.teacher}-{'planted' if planted else 'clean'}-{seed}")
     extra = getattr(teacher, "planted", {})
     rows = {r["layer"]: r for r in record["artifacts"]}
-    return {"method": "teacher", "seed": seed, "planted": planted, "teacher_accuracy": teacher.record["accuracy"], "seconds": 0.0, **{k: v for k, v in record.items() if k != "artifacts"},
-            **{f"{k}_{l}": rows[l][k] for l in p.layers for k in ("excess", "top_share")}, "plant_gain": extra.get("gain", 0.0), "top_share_taught": rows[min(p.layers)]["top_share"]}
+    return {
+        "method": "teacher",
+        "seed": seed,
+        "planted": planted,
+        "teacher_accuracy": teacher.record["accuracy"],
+        "seconds": 0.0,
+        **{k: v for k, v in record.items() if k != "artifacts"},
+        **{f"{k}_{l}": rows[l][k] for l in p.layers for k in ("excess", "top_share")},
+        "plant_gain": extra.get("gain", 0.0),
+        "top_share_taught": rows[min(p.layers)]["top_share"],
+    }
+
 
 def run_students(p, methods, planted=(False, True)):
     """Teachers, then students of every method, seed and kind of teacher, side by side or from the cache: a DataFrame, one row each.
 
     `none` and `untrained` have no teacher: they are trained once a seed, and stand in the rows of both kinds.
     """
-    teachers = run_parallel(teach_planted, [(p, s) for s in p.seed_list()], pick_workers(p.workers, p.device, len(p.seed_list())), desc="teachers")
+    teachers = run_parallel(
+        teach_planted,
+        [(p, s) for s in p.seed_list()],
+        pick_workers(p.workers, p.device, len(p.seed_list())),
+        desc="teachers",
+    )
     alone = ("untrained", "none")
-    jobs = [StudentJob(method=m, seed=s, planted=t, p=p) for s in p.seed_list() for t in planted for m in methods if m not in alone or t == planted[0]]
+    jobs = [
+        StudentJob(method=m, seed=s, planted=t, p=p)
+        for s in p.seed_list()
+        for t in planted
+        for m in methods
+        if m not in alone or t == planted[0]
+    ]
     rows = run_parallel(train_feature_student, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="students")
     # their distances are those from the first kind of teacher
-    rows += [{**r, "planted": t, "gram_distance": math.nan, "cka": math.nan} for r in rows for t in planted[1:] if r["method"] in alone]
+    rows += [
+        {**r, "planted": t, "gram_distance": math.nan, "cka": math.nan}
+        for r in rows
+        for t in planted[1:]
+        if r["method"] in alone
+    ]
     return pd.DataFrame([r for pair in teachers for r in pair if r["planted"] in planted] + rows).reset_index(drop=True)

@@ -19,9 +19,23 @@ from .students import teach_planted, canvas_data, singer_teacher
 from ..theory.attention import prefix_tokens
 
 # %% ../../nbs/singer/07_singer_tables.ipynb #9668e4ad
-TITLES = {"teacher": "teacher itself", "untrained": "untrained", "none": "none (labels)", "fitnet": "FitNet", "vitkd": "ViTKD", "vitkd_released": "ViTKD, authors'", "singer": "SiNGER",
-          "random": "random start, no losses", "nullspace": "nullspace start, no losses", "outlier": "+ outlier suppression", "info": "+ information preservation",
-          "random_full": "random start, both losses", "printed_gram": "both, Gram as printed", "released": "released"}
+TITLES = {
+    "teacher": "teacher itself",
+    "untrained": "untrained",
+    "none": "none (labels)",
+    "fitnet": "FitNet",
+    "vitkd": "ViTKD",
+    "vitkd_released": "ViTKD, authors'",
+    "singer": "SiNGER",
+    "random": "random start, no losses",
+    "nullspace": "nullspace start, no losses",
+    "outlier": "+ outlier suppression",
+    "info": "+ information preservation",
+    "random_full": "random start, both losses",
+    "printed_gram": "both, Gram as printed",
+    "released": "released",
+}
+
 
 def probe_table(records, paper):
     "Table 1 on `records`: rows the methods, columns probes by kind of teacher, Gram distance, CKA and excess; `paper`: {method: texts} for a last column."
@@ -30,12 +44,20 @@ def probe_table(records, paper):
         part, row = records[records.method == m], {}
         for planted, kind in ((False, "clean teacher"), (True, "planted teacher")):
             here = part[part.planted == planted]
-            for column, title, digits in (("accuracy", "classification (%)", 1), ("miou", "dense mIoU (%)", 1), ("gram_distance", "Gram distance", 2), ("cka", "CKA", 2), ("excess", "excess", 2)):
-                if len(here): row[kind, title] = "–" if here[column].isna().all() else plus_minus(here[column], digits)
+            for column, title, digits in (
+                ("accuracy", "classification (%)", 1),
+                ("miou", "dense mIoU (%)", 1),
+                ("gram_distance", "Gram distance", 2),
+                ("cka", "CKA", 2),
+                ("excess", "excess", 2),
+            ):
+                if len(here):
+                    row[kind, title] = "–" if here[column].isna().all() else plus_minus(here[column], digits)
         rows[TITLES[m]] = {**row, ("", "paper"): ", ".join(paper.get(m, ())) or "–"}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.columns = pd.MultiIndex.from_tuples(table.columns)
     return table
+
 
 def ablation_table(records, paper, layers):
     "Table 4, and of Table 5 what one row can say: rows the parts of SiNGER, in `paper`'s brackets {method: (classification, dense)}; `layers`: the distillation layers."
@@ -44,43 +66,75 @@ def ablation_table(records, paper, layers):
         part, theirs = records[records.method == m], paper.get(m, ("–", "–"))
         show = lambda c, digits=2: plus_minus(part[c], digits)
         rows[TITLES[m] if m != "singer" else "both losses (SiNGER)"] = {
-            "classification (%)": f"{show('accuracy', 1)}  ({theirs[0]})", "dense mIoU (%)": f"{show('miou', 1)}  ({theirs[1]})", "E_safe": show(f"E_safe_up_{first}"), "E_prob": show(f"E_prob_up_{first}"),
-            "excess before": show(f"excess_before_{first}"), "excess after": show(f"excess_after_{first}"), f"cosine, layer {first}": show(f"cosine_{first}", 3),
-            "Gram, refined": show(f"gram_{last}"), "Gram, student": show("gram_distance")}
+            "classification (%)": f"{show('accuracy', 1)}  ({theirs[0]})",
+            "dense mIoU (%)": f"{show('miou', 1)}  ({theirs[1]})",
+            "E_safe": show(f"E_safe_up_{first}"),
+            "E_prob": show(f"E_prob_up_{first}"),
+            "excess before": show(f"excess_before_{first}"),
+            "excess after": show(f"excess_after_{first}"),
+            f"cosine, layer {first}": show(f"cosine_{first}", 3),
+            "Gram, refined": show(f"gram_{last}"),
+            "Gram, student": show("gram_distance"),
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
+
 
 def plot_probes(records):
     "Both probes by method, clean and planted teachers in two colours, a dot a seed; returns the figure."
     import matplotlib.pyplot as plt
     from nskd.engine.style import COLOURS, use_style
+
     use_style()
-    methods, kinds = list(dict.fromkeys(records.method)), {False: ("clean teacher", COLOURS["test"]), True: ("planted artifacts", COLOURS["noise"])}
+    methods, kinds = (
+        list(dict.fromkeys(records.method)),
+        {False: ("clean teacher", COLOURS["test"]), True: ("planted artifacts", COLOURS["noise"])},
+    )
     fig, axes = plt.subplots(1, 2, figsize=(7, 0.35 * len(methods) + 1), sharey=True)
     for ax, (column, title) in zip(axes, (("accuracy", "classification probe (%)"), ("miou", "dense probe, mIoU (%)"))):
         for i, m in enumerate(methods):
             for planted, (name, colour) in kinds.items():
                 part = records[(records.method == m) & (records.planted == planted)]
                 y = i + (0.2 if planted else -0.2)
-                ax.barh(y, part[column].mean(), height=0.36, color=colour, alpha=0.6); ax.plot(part[column], [y] * len(part), "o", color=colour, markersize=3)
-        ax.set(xlabel=title, xlim=(0, 100)); ax.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(methods)), [TITLES[m] for m in methods]); axes[0].invert_yaxis()
-    fig.legend([plt.Rectangle((0, 0), 1, 1, color=c, alpha=0.6) for _, c in kinds.values()], [n for n, _ in kinds.values()], loc="outside lower center", ncols=2, fontsize="small")
+                ax.barh(y, part[column].mean(), height=0.36, color=colour, alpha=0.6)
+                ax.plot(part[column], [y] * len(part), "o", color=colour, markersize=3)
+        ax.set(xlabel=title, xlim=(0, 100))
+        ax.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(methods)), [TITLES[m] for m in methods])
+    axes[0].invert_yaxis()
+    fig.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=c, alpha=0.6) for _, c in kinds.values()],
+        [n for n, _ in kinds.values()],
+        loc="outside lower center",
+        ncols=2,
+        fontsize="small",
+    )
     return fig
+
 
 def plot_ablation(records, layers):
     "Excess before and after refinement, and E_safe of φ_up, at the first of `layers`, for every part of SiNGER; a dot a seed; returns the figure."
     import matplotlib.pyplot as plt
     from nskd.engine.style import COLOURS, use_style
+
     use_style()
     methods, l = [m for m in dict.fromkeys(records.method) if m != "teacher"], layers[0]
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, 0.33 * len(methods) + 1), sharey=True)
     for i, m in enumerate(methods):
         part = records[records.method == m]
-        for column, colour in ((f"excess_before_{l}", COLOURS["rs"]), (f"excess_after_{l}", COLOURS["cs"])): left.plot(part[column], [i] * len(part), "o", color=colour, markersize=4)
+        for column, colour in ((f"excess_before_{l}", COLOURS["rs"]), (f"excess_after_{l}", COLOURS["cs"])):
+            left.plot(part[column], [i] * len(part), "o", color=colour, markersize=4)
         right.plot(part[f"E_safe_up_{l}"], [i] * len(part), "o", color=COLOURS["cs"], markersize=4)
-    left.set(xlabel=f"longest patch over median, layer {l}", xlim=(0, None)); right.set(xlabel=f"E_safe of φ_up, layer {l}", xlim=(0, 1.02))
-    left.set_yticks(range(len(methods)), [TITLES[m] for m in methods]); left.invert_yaxis()
-    fig.legend([plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[c]) for c in ("rs", "cs")], ["before", "after refinement"], loc="outside lower center", ncols=2, fontsize="small")
+    left.set(xlabel=f"longest patch over median, layer {l}", xlim=(0, None))
+    right.set(xlabel=f"E_safe of φ_up, layer {l}", xlim=(0, 1.02))
+    left.set_yticks(range(len(methods)), [TITLES[m] for m in methods])
+    left.invert_yaxis()
+    fig.legend(
+        [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[c]) for c in ("rs", "cs")],
+        ["before", "after refinement"],
+        loc="outside lower center",
+        ncols=2,
+        fontsize="small",
+    )
     return fig
 
 # %% ../../nbs/singer/07_singer_tables.ipynb #dcf74e22
@@ -89,20 +143,55 @@ def _block_checks(job):
     teacher, ds = singer_teacher(p, seed, planted).cpu(), canvas_data(p.canvas, p.copies)
     blocks, prefix, (first, last) = transformer_blocks(teacher), prefix_tokens(teacher), (p.layers[0], p.layers[-1])
     images = ds.test_images[:64]
-    with torch.no_grad(): features = block_features(teacher, images, sorted({first, last}))
+    with torch.no_grad():
+        features = block_features(teacher, images, sorted({first, last}))
     space = {l: left_nullspace(linearised_ffn(blocks[min(l + 1, len(blocks) - 1)]), p.rank) for l in (first, last)}
     changes = sublayer_changes(teacher, images).mean()
-    correlation = {f"corr_{name}_{when}": v for when, l in (("first", first), ("last", last)) for name, v in norm_energy_correlation(features[l], space[l], prefix).items()}
-    with torch.no_grad(): start = patch_norms(features[first] + features[first] @ space[first].basis @ space[first].basis.mT, prefix) / patch_norms(features[first], prefix)
-    same = {"kind": "planted" if planted else "clean", "seed": seed, "largest_null": float(space[first].singular_values[-p.rank]), "ffn_change": changes["ffn"], "attention_change": changes["attention"],
-            "ffn1": changes["ffn1"], "ffn2": changes["ffn2"], **correlation, "shortest_start": float(start.min())}
-    return [{**row, **same} for row in direction_report(blocks[min(first + 1, len(blocks) - 1)], features[first], p.rank, prefix, seed).to_dict("records")]
+    correlation = {
+        f"corr_{name}_{when}": v
+        for when, l in (("first", first), ("last", last))
+        for name, v in norm_energy_correlation(features[l], space[l], prefix).items()
+    }
+    with torch.no_grad():
+        start = patch_norms(
+            features[first] + features[first] @ space[first].basis @ space[first].basis.mT, prefix
+        ) / patch_norms(features[first], prefix)
+    same = {
+        "kind": "planted" if planted else "clean",
+        "seed": seed,
+        "largest_null": float(space[first].singular_values[-p.rank]),
+        "ffn_change": changes["ffn"],
+        "attention_change": changes["attention"],
+        "ffn1": changes["ffn1"],
+        "ffn2": changes["ffn2"],
+        **correlation,
+        "shortest_start": float(start.min()),
+    }
+    return [
+        {**row, **same}
+        for row in direction_report(
+            blocks[min(first + 1, len(blocks) - 1)], features[first], p.rank, prefix, seed
+        ).to_dict("records")
+    ]
+
 
 def block_checks(p):
     "`direction_report` after the first distillation layer of every teacher, clean and planted, with what else its blocks are asked: a DataFrame, a row a seed, kind and span."
     jobs = [(p, s, planted) for planted in (False, True) for s in p.seed_list()]
-    run_parallel(teach_planted, [(p, s) for s in p.seed_list()], pick_workers(p.workers, p.device, len(p.seed_list())), desc="teachers")      # not two workers for one teacher
-    return pd.DataFrame([row for rows in run_parallel(_block_checks, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="blocks") for row in rows])
+    run_parallel(
+        teach_planted,
+        [(p, s) for s in p.seed_list()],
+        pick_workers(p.workers, p.device, len(p.seed_list())),
+        desc="teachers",
+    )  # not two workers for one teacher
+    return pd.DataFrame(
+        [
+            row
+            for rows in run_parallel(_block_checks, jobs, pick_workers(p.workers, p.device, len(jobs)), desc="blocks")
+            for row in rows
+        ]
+    )
+
 
 @torch.no_grad()
 def plot_before_after(p, teacher, student, singer, image=None):
@@ -112,33 +201,64 @@ def plot_before_after(p, teacher, student, singer, image=None):
     """
     import matplotlib.pyplot as plt
     from nskd.engine.style import COLOURS, use_style
+
     use_style()
     ds, l, prefix, grid = canvas_data(p.canvas, p.copies), p.layers[0], singer.prefix, teacher.patch_embed.grid_size
     features = block_features(teacher, ds.test_images[:64], singer.teacher_layers)
     refined = singer.refine(features)
-    following, mine = singer.follow(refined), block_features(student, ds.test_images[:64], singer.student_layers)[singer.student_layers[0]]
-    if image is None: image = int(patch_norms(features[l], prefix).amax(1).argmax())
+    following, mine = (
+        singer.follow(refined),
+        block_features(student, ds.test_images[:64], singer.student_layers)[singer.student_layers[0]],
+    )
+    if image is None:
+        image = int(patch_norms(features[l], prefix).amax(1).argmax())
     norm = lambda f: patch_norms(f, prefix)[image].view(grid)
     mark = int(patch_norms(features[l], prefix)[image].argsort()[grid[0] * grid[1] // 2])
     similar = lambda f: F.cosine_similarity(f[image, prefix:], f[image, prefix + mark][None], dim=-1).view(grid)
     change, top = norm(refined[l]) - norm(features[l]), float(norm(features[l]).max())
-    maps = [[("image", ds.test_images[image, 0], {"cmap": "gray_r"}), (f"‖F‖, layer {l}", norm(features[l]), {"vmax": top, "vmin": 0}), ("‖F̂‖", norm(refined[l]), {"vmax": top, "vmin": 0}),
-             ("‖F̂‖ − ‖F‖", change, {"cmap": "RdBu_r", "vmin": -float(change.abs().max()), "vmax": float(change.abs().max())}), ("student's ‖F‖", norm(mine), {"vmin": 0})],
-            [("similarity, F", similar(features[l]), {}), ("F̂", similar(refined[l]), {}), *([("F, next block", similar(features[l + 1]), {}), ("F̂, next block", similar(following[l]), {})] if l in following else []), ("student", similar(mine), {})]]
+    maps = [
+        [
+            ("image", ds.test_images[image, 0], {"cmap": "gray_r"}),
+            (f"‖F‖, layer {l}", norm(features[l]), {"vmax": top, "vmin": 0}),
+            ("‖F̂‖", norm(refined[l]), {"vmax": top, "vmin": 0}),
+            (
+                "‖F̂‖ − ‖F‖",
+                change,
+                {"cmap": "RdBu_r", "vmin": -float(change.abs().max()), "vmax": float(change.abs().max())},
+            ),
+            ("student's ‖F‖", norm(mine), {"vmin": 0}),
+        ],
+        [
+            ("similarity, F", similar(features[l]), {}),
+            ("F̂", similar(refined[l]), {}),
+            *(
+                [("F, next block", similar(features[l + 1]), {}), ("F̂, next block", similar(following[l]), {})]
+                if l in following
+                else []
+            ),
+            ("student", similar(mine), {}),
+        ],
+    ]
     fig = plt.figure(figsize=(7.2, 5.4), layout="constrained")
     parts = fig.subfigures(3, 1, height_ratios=[1, 1, 1.3])
     for part, row, common in zip(parts, maps, ({"cmap": "inferno"}, {"vmin": -1, "vmax": 1, "cmap": "viridis"})):
         for ax, (title, values, look) in zip(part.subplots(1, len(row)), row):
             ax.imshow(values, **{**common, **look})
-            if row is maps[1]: ax.plot(mark % grid[1], mark // grid[1], "x", color="red")
-            ax.set_title(title, fontsize="small"); ax.set_axis_off()
+            if row is maps[1]:
+                ax.plot(mark % grid[1], mark // grid[1], "x", color="red")
+            ax.set_title(title, fontsize="small")
+            ax.set_axis_off()
     left, right = parts[2].subplots(1, 2)
     for b in sorted({0, p.plant_layer, min(l + 1, len(transformer_blocks(teacher)) - 1)}):
         s = left_nullspace(linearised_ffn(teacher, b), p.rank).singular_values
         left.plot(range(1, len(s) + 1), s, label=f"block {b}")
-    left.axhline(0.05, color="black", linestyle=":", linewidth=0.8); left.set(xlabel="k", ylabel="singular value", yscale="log"); left.legend(fontsize="small")
+    left.axhline(0.05, color="black", linestyle=":", linewidth=0.8)
+    left.set(xlabel="k", ylabel="singular value", yscale="log")
+    left.legend(fontsize="small")
     lengths = {"before": patch_norms(features[l], prefix).flatten(), "after": patch_norms(refined[l], prefix).flatten()}
     edges = torch.linspace(0, float(max(v.max() for v in lengths.values())), 41)
-    for (name, v), colour in zip(lengths.items(), (COLOURS["rs"], COLOURS["cs"])): right.hist(v.numpy(), bins=edges.numpy(), alpha=0.6, color=colour, label=name)
-    right.set(xlabel=f"patch norm, layer {l}", ylabel="patches", yscale="log"); right.legend(fontsize="small")
+    for (name, v), colour in zip(lengths.items(), (COLOURS["rs"], COLOURS["cs"])):
+        right.hist(v.numpy(), bins=edges.numpy(), alpha=0.6, color=colour, label=name)
+    right.set(xlabel=f"patch norm, layer {l}", ylabel="patches", yscale="log")
+    right.legend(fontsize="small")
     return fig

@@ -18,6 +18,7 @@ from ..experiments.parameters import BNStudy
 # %% ../../nbs/tables/activations_room.ipynb #86bca86d
 class ActivationStudy(BNStudy):
     "Parameters of Figure 4."
+
     dataset: str = "digits"
     images: int = Field(400, ge=10)
     layer: Optional[str] = None
@@ -31,14 +32,26 @@ def plot_activation_clouds(clouds, titles, channels=3):
     """
     use_style()
     first = next(iter(next(iter(clouds.values())).values()))
-    if isinstance(channels, int): channels = np.argsort(-np.asarray(first[0]).std(0))[:channels].tolist()
-    fig, axes = plt.subplots(len(channels), len(clouds), figsize=(2.6 * len(clouds) + 0.6, 1.7 * len(channels) + 0.5), sharex="row", sharey="row", squeeze=False)
+    if isinstance(channels, int):
+        channels = np.argsort(-np.asarray(first[0]).std(0))[:channels].tolist()
+    fig, axes = plt.subplots(
+        len(channels),
+        len(clouds),
+        figsize=(2.6 * len(clouds) + 0.6, 1.7 * len(channels) + 0.5),
+        sharex="row",
+        sharey="row",
+        squeeze=False,
+    )
     for col, (mode, kinds) in enumerate(clouds.items()):
         for ax, c in zip(axes[:, col], channels):
             for kind, (mean, variance) in kinds.items():
-                ax.scatter(mean[:, c], variance[:, c], s=5, alpha=0.35, linewidths=0, color=COLOURS[kind], rasterized=True)
-            if col == 0: ax.set_ylabel(f"channel {c}\nvariance")
-        axes[0, col].set_title(titles[mode]); axes[-1, col].set_xlabel("mean")
+                ax.scatter(
+                    mean[:, c], variance[:, c], s=5, alpha=0.35, linewidths=0, color=COLOURS[kind], rasterized=True
+                )
+            if col == 0:
+                ax.set_ylabel(f"channel {c}\nvariance")
+        axes[0, col].set_title(titles[mode])
+        axes[-1, col].set_xlabel("mean")
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[k]) for k in kinds]
     fig.legend(handles, [NAMES[k] for k in kinds], loc="outside lower center", ncols=len(kinds), fontsize="small")
     return fig

@@ -18,6 +18,7 @@ from ..experiments.parameters import Sweep, each_of, numbers
 # %% ../../nbs/tables/alpha_room.ipynb #09cfafc3
 class AlphaSweep(Sweep):
     "Parameters of Table 5."
+
     absent: ClassVar[tuple] = ("alpha",)
     norms: Annotated[list[str], each_of(("ln", "gn"), "a norm")] = ["ln", "gn"]
     alphas: Annotated[list[float], numbers(float, "alphas", 0, 1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -25,7 +26,8 @@ class AlphaSweep(Sweep):
 
     @model_validator(mode="after")
     def _ends(self):
-        if {0.0, 0.5, 1.0} - set(self.alphas): raise ValueError(f"alphas must hold 0, 0.5 and 1, which the claims are about, and {self.alphas} do not")
+        if {0.0, 0.5, 1.0} - set(self.alphas):
+            raise ValueError(f"alphas must hold 0, 0.5 and 1, which the claims are about, and {self.alphas} do not")
         return self
 
 # %% ../../nbs/tables/alpha_room.ipynb #ca6db134
@@ -39,11 +41,21 @@ def pick_regret(records, signal="mutual_information", value="cs"):
     rows = []
     for (norm, seed), part in records.groupby(["norm", "seed"], sort=False):
         if part[[signal, value]].isna().any(axis=None):
-            rows.append({"norm": norm, "seed": seed, **dict.fromkeys(("picked", "best", "regret", "rank_correlation"), np.nan)})
+            rows.append(
+                {"norm": norm, "seed": seed, **dict.fromkeys(("picked", "best", "regret", "rank_correlation"), np.nan)}
+            )
             continue
         pick, best = part.loc[part[signal].idxmax()], part.loc[part[value].idxmax()]
-        rows.append({"norm": norm, "seed": seed, "picked": pick.alpha, "best": best.alpha, "regret": best[value] - pick[value],
-                     "rank_correlation": part[signal].corr(part[value], method="spearman")})
+        rows.append(
+            {
+                "norm": norm,
+                "seed": seed,
+                "picked": pick.alpha,
+                "best": best.alpha,
+                "regret": best[value] - pick[value],
+                "rank_correlation": part[signal].corr(part[value], method="spearman"),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/tables/alpha_room.ipynb #33edaf14
@@ -54,9 +66,17 @@ def plot_alpha(records, reference):
     same columns without alpha, of the BatchNorm teachers in CS mode, drawn as a level.
     """
     fig, axes = panels(3)
-    for ax, (y, title) in zip(axes, (("cs", ACCURACY), ("mutual_information", "I(X;C) on noise (nats)"), ("conditional_entropy", "E[H(p)] on noise (nats)"))):
+    for ax, (y, title) in zip(
+        axes,
+        (
+            ("cs", ACCURACY),
+            ("mutual_information", "I(X;C) on noise (nats)"),
+            ("conditional_entropy", "E[H(p)] on noise (nats)"),
+        ),
+    ):
         level(ax, reference[y], COLOURS["bn"], "BN, current statistics")
-        for norm, part in records.groupby("norm", sort=False): seed_line(ax, part, "alpha", y, COLOURS[norm], label(norm))
+        for norm, part in records.groupby("norm", sort=False):
+            seed_line(ax, part, "alpha", y, COLOURS[norm], label(norm))
         ax.set(xlabel="α", ylabel=title, xticks=sorted(records.alpha.unique()))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     return fig

@@ -35,8 +35,10 @@ from ..theory.attention import attention_layers, attention_report
 # widths at which transformers train in half a minute on 8×8 images
 NARROW_TRANSFORMERS = {"vit_tiny": 0.25, "vit_small": 0.125, "swin_tiny": 0.25}
 
+
 class AttentionParameters(RunParameters):
     "Parameters of Tables 8 and 9; the notebooks' own comments say what each is."
+
     narrow: ClassVar[dict] = NARROW | NARROW_TRANSFORMERS
     models: Names = ["vit_tiny", "swin_tiny"]
     dataset: str = "digits"
@@ -47,32 +49,52 @@ class AttentionParameters(RunParameters):
     bins: list[Annotated[int, Field(ge=2)]] = [32, 64, 128]
     batch_size: int = Field(64, ge=1)
 
-    def networks(self): return set(self.models)
+    def networks(self):
+        return set(self.models)
+
 
 class AttentionJob(Config):
     "One network, one seed: what `measure_attention` needs."
+
     model: str
     seed: int
     p: AttentionParameters
 
-    def width(self): return self.p.width_of(self.model)
+    def width(self):
+        return self.p.width_of(self.model)
 
 # %% ../../nbs/tables/attention_room.ipynb #adc072b4
 def _network(job, ds, budget_seconds):
     "The network of a job: trained here, or timm's own weights."
     p = job.p
     if p.weights == "trained":
-        if p.image_size: raise ValueError("image_size goes with weights='pretrained': a network trained here sees the data's own size")
+        if p.image_size:
+            raise ValueError(
+                "image_size goes with weights='pretrained': a network trained here sees the data's own size"
+            )
         # a CNN is told so before it is trained for nothing
-        attention_layers(create_model(job.model, ds.num_classes, ds.channels, ds.image_size, width=job.width(), seed=job.seed))
+        attention_layers(
+            create_model(job.model, ds.num_classes, ds.channels, ds.image_size, width=job.width(), seed=job.seed)
+        )
         recipe = teacher_recipe(ds, name=job.model)
-        if p.teacher_epochs: recipe = recipe.replace(epochs=p.teacher_epochs)
-        return train_teacher(job.model, ds, width=job.width(), seed=job.seed, recipe=recipe, device=p.device, progress=False, budget_seconds=budget_seconds)
-    import nskd.engine.vision                            # before timm, which imports torchvision
+        if p.teacher_epochs:
+            recipe = recipe.replace(epochs=p.teacher_epochs)
+        return train_teacher(
+            job.model,
+            ds,
+            width=job.width(),
+            seed=job.seed,
+            recipe=recipe,
+            device=p.device,
+            progress=False,
+            budget_seconds=budget_seconds,
+        )
     import timm
+
     net = timm.create_model(job.model.removeprefix("timm:"), pretrained=True).eval().to(pick_device(p.device))
     net.record = {"key": tensors_key(net.state_dict()), "accuracy": {"rs": math.nan}, "seconds": 0.0}
     return net
+
 
 def measure_attention(job, budget_seconds=None):
     """Attention of one network on real test images and on noise, or its record from the cache: a JSON-like dict.
@@ -82,7 +104,16 @@ def measure_attention(job, budget_seconds=None):
     """
     p, ds = job.p, load_dataset(job.p.dataset)
     net = _network(job, ds, budget_seconds)
-    config = {"model": job.model, "teacher": net.record["key"], "device": pick_device(p.device).type, "data": ds.fingerprint, "images": p.images, "bins": p.bins, "image_size": p.image_size, "seed": job.seed}
+    config = {
+        "model": job.model,
+        "teacher": net.record["key"],
+        "device": pick_device(p.device).type,
+        "data": ds.fingerprint,
+        "images": p.images,
+        "bins": p.bins,
+        "image_size": p.image_size,
+        "seed": job.seed,
+    }
 
     def make(directory):
         blocks, spread = [], {}
@@ -95,26 +126,46 @@ def measure_attention(job, budget_seconds=None):
     record = cached("attention", config, make, label=f"{job.model}-{ds.name}-{job.seed}")
     return {**record, "accuracy": net.record["accuracy"]["rs"], "seconds": net.record["seconds"]}
 
+
 def _inputs(job, ds, net):
     "The same number of real and of noise images, in the network's own shape."
     g, n = torch.Generator().manual_seed(job.seed), min(job.p.images, len(ds.test_labels))
     real = next(ds.batches("test", n, generator=g))[0]
     channels = next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d)).in_channels
-    if channels != ds.channels: real = real.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    if job.p.image_size: real = F.interpolate(real, size=(job.p.image_size,) * 2, mode="bilinear", antialias=True)
+    if channels != ds.channels:
+        real = real.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if job.p.image_size:
+        real = F.interpolate(real, size=(job.p.image_size,) * 2, mode="bilinear", antialias=True)
     return {"real": real, "noise": create_sampler("gaussian", real.shape[1:])(n, generator=g)}
+
 
 def run_attention(p):
     "Every model and seed of `p` that its budget has time for: a DataFrame with one row a model, seed, condition and block."
-    load_dataset(p.dataset)                                       # a download or an error here, not in every worker
+    load_dataset(p.dataset)  # a download or an error here, not in every worker
     jobs = [AttentionJob(model=m, seed=s, p=p) for s in p.seed_list() for m in p.models]
     done = run_within(p.budget, measure_attention, jobs, p.workers, p.device, desc="networks")
     note_unfinished(p.budget, [(f"{j.model}, seed {j.seed}", r) for j, r in zip(jobs, done)])
-    rows = [{"model": j.model, "seed": j.seed, **row, **r["images"][row["condition"]], "teacher_accuracy": r["accuracy"], "seconds": r["seconds"],
-             "directory": r["directory"], "cached": r["cached"]} for j, r in zip(jobs, done) if isinstance(r, dict) for row in r["blocks"]]
-    if not rows: return pd.DataFrame(columns=["model", "seed", "condition", "block", *(f"pse_{b}" for b in p.bins)])
+    rows = [
+        {
+            "model": j.model,
+            "seed": j.seed,
+            **row,
+            **r["images"][row["condition"]],
+            "teacher_accuracy": r["accuracy"],
+            "seconds": r["seconds"],
+            "directory": r["directory"],
+            "cached": r["cached"],
+        }
+        for j, r in zip(jobs, done)
+        if isinstance(r, dict)
+        for row in r["blocks"]
+    ]
+    if not rows:
+        return pd.DataFrame(columns=["model", "seed", "condition", "block", *(f"pse_{b}" for b in p.bins)])
     # JSON has no NaN: a block without anything to compare comes back as None
-    return pd.DataFrame(rows).apply(lambda c: pd.to_numeric(c) if c.dtype == object and not isinstance(c.dropna().iloc[0], str) else c)
+    return pd.DataFrame(rows).apply(
+        lambda c: pd.to_numeric(c) if c.dtype == object and not isinstance(c.dropna().iloc[0], str) else c
+    )
 
 # %% ../../nbs/tables/attention_room.ipynb #9743d49d
 def block_gaps(records, value):
@@ -122,12 +173,19 @@ def block_gaps(records, value):
     wide = records.pivot_table(index=["model", "seed"], columns=["condition", "block"], values=value)
     return wide["real"] - wide["noise"]
 
+
 def per_model(gaps, model):
     "The rows of `block_gaps` for one model, by seed; its blocks with nothing to compare dropped."
     return gaps.xs(model, level="model").dropna(axis=1, how="all")
 
 # %% ../../nbs/tables/attention_room.ipynb #bee3e9bd
-def _pm(mean, sd, digits=2): return "–" if mean is None or np.isnan(mean) else f"{mean:.{digits}f}" + ("" if sd is None or np.isnan(sd) else f" ± {sd:.{digits}f}")
+def _pm(mean, sd, digits=2):
+    return (
+        "–"
+        if mean is None or np.isnan(mean)
+        else f"{mean:.{digits}f}" + ("" if sd is None or np.isnan(sd) else f" ± {sd:.{digits}f}")
+    )
+
 
 def spread_table(records, paper):
     """Table 8 for every model, means over blocks and seeds: Δ (± over images, heads, queries), its gap, attention entropy, at block 0 too.
@@ -140,13 +198,23 @@ def spread_table(records, paper):
         first, theirs = part[part.block == 0], paper.get(model, {}).get(condition, {})
         sd = seed.apply(lambda s: np.sqrt((s.spread_std**2).mean() + s.spread.var(ddof=0)), include_groups=False).mean()
         gap = interval(per_model(block_gaps(records, "spread"), model).mean(axis=1))
-        cells = {"mean Δ": _pm(seed.spread.mean().mean(), sd), "gap (real − noise)": f"{gap['mean']:+.2f}" if condition == "real" else "",
-                 "entropy": _pm(seed.entropy.mean().mean(), None), "entropy, block 0": _pm(first.entropy.mean(), None),
-                 "effective keys, block 0": f"{math.exp(first.entropy.mean()):.0f} of {first['keys'].iloc[0]}"}
+        cells = {
+            "mean Δ": _pm(seed.spread.mean().mean(), sd),
+            "gap (real − noise)": f"{gap['mean']:+.2f}" if condition == "real" else "",
+            "entropy": _pm(seed.entropy.mean().mean(), None),
+            "entropy, block 0": _pm(first.entropy.mean(), None),
+            "effective keys, block 0": f"{math.exp(first.entropy.mean()):.0f} of {first['keys'].iloc[0]}",
+        }
         accuracy = part.drop_duplicates("seed").teacher_accuracy.mean()
-        rows.append({"model": model + ("" if np.isnan(accuracy) else f" ({accuracy:.1f} %)"), "input": condition,
-                     **{k: v + (f"  ({theirs[k]})" if k in theirs else "") for k, v in cells.items()}})
+        rows.append(
+            {
+                "model": model + ("" if np.isnan(accuracy) else f" ({accuracy:.1f} %)"),
+                "input": condition,
+                **{k: v + (f"  ({theirs[k]})" if k in theirs else "") for k, v in cells.items()},
+            }
+        )
     return pd.DataFrame(rows, columns=None if rows else ["model", "input"])
+
 
 def similarity_table(records, paper):
     """Table 9 for every model: L_PSE (± over images, as the paper's seem to be) at every number of bins, and its gap; mean over seeds.
@@ -154,15 +222,36 @@ def similarity_table(records, paper):
     `paper`: {model: {"noise" | "real" | "gap": {bins: text}}}, shown beside in brackets.
     """
     bins, rows = [int(c.removeprefix("pse_")) for c in records if c.startswith("pse_")], []
-    if records.empty: return pd.DataFrame(columns=["model", "input", *(f"bins = {b}" for b in bins)])
+    if records.empty:
+        return pd.DataFrame(columns=["model", "input", *(f"bins = {b}" for b in bins)])
     total = records.groupby(["model", "seed", "condition"], sort=False)[[f"pse_{b}" for b in bins]].sum()
     sd = records.groupby(["model", "condition"])[[f"lpse_{b}_over_images" for b in bins]].mean()
     for model in records.model.unique():
         note = lambda condition, b: f"  ({t})" if (t := paper.get(model, {}).get(condition, {}).get(b)) else ""
         mean = total.xs(model).groupby("condition").mean()
         for c in ("noise", "real"):
-            rows.append({"model": model, "input": c, **{f"bins = {b}": _pm(mean.loc[c, f"pse_{b}"], sd.loc[(model, c), f"lpse_{b}_over_images"]) + note(c, b) for b in bins}})
-        rows.append({"model": model, "input": "gap", **{f"bins = {b}": f"{mean.loc['real', f'pse_{b}'] - mean.loc['noise', f'pse_{b}']:+.2f}" + note("gap", b) for b in bins}})
+            rows.append(
+                {
+                    "model": model,
+                    "input": c,
+                    **{
+                        f"bins = {b}": _pm(mean.loc[c, f"pse_{b}"], sd.loc[(model, c), f"lpse_{b}_over_images"])
+                        + note(c, b)
+                        for b in bins
+                    },
+                }
+            )
+        rows.append(
+            {
+                "model": model,
+                "input": "gap",
+                **{
+                    f"bins = {b}": f"{mean.loc['real', f'pse_{b}'] - mean.loc['noise', f'pse_{b}']:+.2f}"
+                    + note("gap", b)
+                    for b in bins
+                },
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/tables/attention_room.ipynb #0953bfea
@@ -175,10 +264,18 @@ def plot_blocks(records, columns):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
     from nskd.engine.style import COLOURS, use_style
-    if records.empty: return None
+
+    if records.empty:
+        return None
     use_style()
     models, colours = list(records.model.unique()), {"real": COLOURS["test"], "noise": COLOURS["noise"]}
-    fig, axes = plt.subplots(len(models), len(columns), figsize=(3.5 * len(columns) + 0.3, 2.2 * len(models) + 0.4), squeeze=False, sharex=True)
+    fig, axes = plt.subplots(
+        len(models),
+        len(columns),
+        figsize=(3.5 * len(columns) + 0.3, 2.2 * len(models) + 0.4),
+        squeeze=False,
+        sharex=True,
+    )
     for line, model in zip(axes, models):
         for ax, (column, label) in zip(line, columns.items()):
             part = records[records.model == model]
@@ -186,9 +283,18 @@ def plot_blocks(records, columns):
                 seeds = part[part.condition == condition].groupby("block")[column]
                 ax.plot(seeds.mean(), "o-", color=colour, markersize=3, label=condition)
                 ax.fill_between(seeds.mean().index, seeds.min(), seeds.max(), color=colour, alpha=0.2, linewidth=0)
-            if column == "entropy": ax.plot(np.log(part.groupby("block")["keys"].first()), ":", color="black", linewidth=1, drawstyle="steps-mid", label="uniform: log keys")
+            if column == "entropy":
+                ax.plot(
+                    np.log(part.groupby("block")["keys"].first()),
+                    ":",
+                    color="black",
+                    linewidth=1,
+                    drawstyle="steps-mid",
+                    label="uniform: log keys",
+                )
             ax.set(title=model, ylabel=label, xlabel="block" if line is axes[-1] else "")
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.set_ylim(bottom=0)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.set_ylim(bottom=0)
     handles = {l: h for ax in axes.ravel() for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize="small")
     return fig
@@ -199,44 +305,82 @@ def _slugs(records):
     family = {m: "swin" if "swin" in m else "vit" for m in records.model.unique()}
     return {m: f if list(family.values()).count(f) == 1 else m for m, f in family.items()}
 
+
 def _adder(found, source):
     return lambda id, statement, verdict, evidence: found.append(claim(id, statement, source, verdict, evidence))
+
 
 def table8_claims(records, paper_spread=8.0, paper_tokens=196):
     """The paper's claims about score spread and attention entropy, judged over seeds on `records`: a list of claims.
 
     `paper_spread`, `paper_tokens`: the paper's own Δ on noise and N, for the evidence. Source: NormShift-KD, Appendix B.4.
     """
-    if records.empty: return []
+    if records.empty:
+        return []
     spread, entropy, found = block_gaps(records, "spread"), block_gaps(records, "entropy"), []
     add = _adder(found, "NormShift-KD, Table 8 and Appendix B.4")
     noise = records[records.condition == "noise"]
     for model, f in _slugs(records).items():
         s, h = per_model(spread, model), per_model(entropy, model)
         mine = noise[noise.model == model].dropna(subset=["entropy"])
-        late = h.columns[-max(1, len(h.columns) // 3):]
-        add(f"table8.spread-smaller-on-noise-{f}", f"{model}: the score spread Δ, averaged over blocks, is smaller on noise than on real images", *judge(s.mean(axis=1), above=0))
-        add(f"table8.spread-every-block-{f}", f"{model}: so it is at every single block (the smallest gap of any block)", *judge(s.min(axis=1), above=0))
-        add(f"table8.entropy-higher-on-noise-{f}", f"{model}: attention entropy, averaged over blocks, is higher on noise (real − noise)", *judge(h.mean(axis=1), below=0))
+        late = h.columns[-max(1, len(h.columns) // 3) :]
+        add(
+            f"table8.spread-smaller-on-noise-{f}",
+            f"{model}: the score spread Δ, averaged over blocks, is smaller on noise than on real images",
+            *judge(s.mean(axis=1), above=0),
+        )
+        add(
+            f"table8.spread-every-block-{f}",
+            f"{model}: so it is at every single block (the smallest gap of any block)",
+            *judge(s.min(axis=1), above=0),
+        )
+        add(
+            f"table8.entropy-higher-on-noise-{f}",
+            f"{model}: attention entropy, averaged over blocks, is higher on noise (real − noise)",
+            *judge(h.mean(axis=1), below=0),
+        )
         own = {"paper_itself": {"noise": 2.63, "real": 3.77}} if f == "vit" else {}
-        add(f"table8.block0-nearer-uniform-{f}", f"{model}: at block 0 attention is nearer to uniform on noise, as Theorem 7.2 wants it (entropy, real − noise)", *_with(judge(h[0], below=0), own))
-        add(f"table8.block0-fewer-keys-{f}", f"{model}: at block 0 attention entropy is lower on noise, as the paper measures it (real − noise)", *_with(judge(h[0], above=0), own))
-        add(f"table8.late-blocks-inverted-{f}", f"{model}: in the last third of the blocks real attention is the more concentrated one (entropy, real − noise)", *judge(h[late].mean(axis=1), below=0))
+        add(
+            f"table8.block0-nearer-uniform-{f}",
+            f"{model}: at block 0 attention is nearer to uniform on noise, as Theorem 7.2 wants it (entropy, real − noise)",
+            *_with(judge(h[0], below=0), own),
+        )
+        add(
+            f"table8.block0-fewer-keys-{f}",
+            f"{model}: at block 0 attention entropy is lower on noise, as the paper measures it (real − noise)",
+            *_with(judge(h[0], above=0), own),
+        )
+        add(
+            f"table8.late-blocks-inverted-{f}",
+            f"{model}: in the last third of the blocks real attention is the more concentrated one (entropy, real − noise)",
+            *judge(h[late].mean(axis=1), below=0),
+        )
         room = (np.log(mine["keys"]) - mine.spread).groupby(mine.seed).mean()
-        add(f"table8.bound-informative-{f}", f"{model}: the bound e^Δ/N says something on noise: log N − Δ, averaged over blocks, is positive",
-            *_with(judge(room, above=0), {"paper_itself": math.log(paper_tokens) - paper_spread} if f == "vit" else {}))
+        add(
+            f"table8.bound-informative-{f}",
+            f"{model}: the bound e^Δ/N says something on noise: log N − Δ, averaged over blocks, is positive",
+            *_with(judge(room, above=0), {"paper_itself": math.log(paper_tokens) - paper_spread} if f == "vit" else {}),
+        )
         used = (mine.effective_keys / mine["keys"]).groupby(mine.seed).mean()
-        add(f"table8.near-uniform-{f}", f"{model}: attention on noise is near uniform: more than nine tenths of the keys are effective (our threshold)", *judge(used, above=0.9))
+        add(
+            f"table8.near-uniform-{f}",
+            f"{model}: attention on noise is near uniform: more than nine tenths of the keys are effective (our threshold)",
+            *judge(used, above=0.9),
+        )
     return found
 
-def _with(judged, extra): return judged[0], {**judged[1], **extra}
+
+def _with(judged, extra):
+    return judged[0], {**judged[1], **extra}
+
 
 def table9_claims(records, paper_gaps=None):
     """The paper's claims about patch-similarity entropy, judged over seeds on `records`: a list of claims.
 
     `paper_gaps`: {family: gaps over bins} for the evidence. Source: NormShift-KD, Table 9 and Appendix B.4.
     """
-    if records.empty: return []
+    if records.empty:
+        return []
     bins, found = [int(c.removeprefix("pse_")) for c in records if c.startswith("pse_")], []
     add, middle = _adder(found, "NormShift-KD, Table 9 and Appendix B.4"), bins[len(bins) // 2]
     gaps = {b: block_gaps(records, f"pse_{b}") for b in bins}
@@ -245,16 +389,38 @@ def table9_claims(records, paper_gaps=None):
         blocks = per_model(gaps[middle], model)
         total = pd.DataFrame({b: per_model(gaps[b], model).sum(axis=1) for b in bins})
         totals[f] = total[middle]
-        add(f"table9.pse-lower-on-noise-{f}", f"{model}: patch-similarity entropy, summed over blocks, is lower on noise ({middle} bins)", *judge(total[middle], above=0))
-        add(f"table9.every-block-{f}", f"{model}: so it is at every single block (the smallest gap of any block)", *judge(blocks.min(axis=1), above=0))
+        add(
+            f"table9.pse-lower-on-noise-{f}",
+            f"{model}: patch-similarity entropy, summed over blocks, is lower on noise ({middle} bins)",
+            *judge(total[middle], above=0),
+        )
+        add(
+            f"table9.every-block-{f}",
+            f"{model}: so it is at every single block (the smallest gap of any block)",
+            *judge(blocks.min(axis=1), above=0),
+        )
         if len(bins) > 1:
             theirs = (paper_gaps or {}).get(f)
             change = 100 * (total.max(axis=1) - total.min(axis=1)) / total.abs().max(axis=1)
-            add(f"table9.bins-do-not-matter-{f}", f"{model}: the gap changes by less than 1.5 % between {', '.join(map(str, bins))} bins (percent)",
-                *_with(judge(change, below=1.5), {"paper_itself": 100 * (max(theirs) - min(theirs)) / max(theirs)} if theirs else {}))
+            add(
+                f"table9.bins-do-not-matter-{f}",
+                f"{model}: the gap changes by less than 1.5 % between {', '.join(map(str, bins))} bins (percent)",
+                *_with(
+                    judge(change, below=1.5),
+                    {"paper_itself": 100 * (max(theirs) - min(theirs)) / max(theirs)} if theirs else {},
+                ),
+            )
         if len(blocks.columns) > 2:
             slope = blocks.apply(lambda row: stats.spearmanr(row.index, row)[0], axis=1)
-            add(f"table9.gap-narrows-{f}", f"{model}: the gap narrows with depth (Spearman correlation of block and gap)", *judge(slope, below=0))
+            add(
+                f"table9.gap-narrows-{f}",
+                f"{model}: the gap narrows with depth (Spearman correlation of block and gap)",
+                *judge(slope, below=0),
+            )
     if {"vit", "swin"} <= set(totals):
-        add("table9.swin-larger", "The gap is larger on Swin than on ViT", *judge(totals["swin"] - totals["vit"], above=0))
+        add(
+            "table9.swin-larger",
+            "The gap is larger on Swin than on ViT",
+            *judge(totals["swin"] - totals["vit"], above=0),
+        )
     return found

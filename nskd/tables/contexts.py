@@ -25,12 +25,15 @@ from ..norms import teacher_context
 # %% ../../nbs/tables/contexts_room.ipynb #060d0e84
 class ContextStudy(BNStudy):
     "A study of answers to fixed inputs in changing batches: how many inputs, in how many contexts, among how many others."
+
     contexts: int = Field(30, ge=2)
     others: int = Field(127, ge=0)
     inputs: int = Field(4, ge=1)
 
+
 class DependenceStudy(ContextStudy):
     "Parameters of Table 12; the students are distilled from the teacher on Gaussian noise in CS mode."
+
     dataset: str = "digits"
     convnext: str = "convnext_small"
     vit: str = "vit_tiny"
@@ -41,27 +44,59 @@ class DependenceStudy(ContextStudy):
     vit_steps: int = Field(20, ge=1)
     lr: float = Field(5e-3, gt=0)
 
-    def networks(self): return {self.teacher, self.convnext, self.vit}
+    def networks(self):
+        return {self.teacher, self.convnext, self.vit}
 
     def students(self):
         "The students to train: {row: (network, its norm, its dropout, steps)}."
-        return {"convnext_ln": (self.convnext, None, 0.0, self.steps), "convnext_bn": (self.convnext, "bn", 0.0, self.steps),
-                "convnext_aligned": (self.convnext, "aligned", 0.0, self.steps), "vit": (self.vit, None, self.dropout, self.vit_steps)}
+        return {
+            "convnext_ln": (self.convnext, None, 0.0, self.steps),
+            "convnext_bn": (self.convnext, "bn", 0.0, self.steps),
+            "convnext_aligned": (self.convnext, "aligned", 0.0, self.steps),
+            "vit": (self.vit, None, self.dropout, self.vit_steps),
+        }
 
     def plan(self):
         "(labels, cell) of every student, slowest varying first: seed, student."
-        return [(dict(network=row), Cell(teacher=self.teacher, norm="bn", student=name, method="gaussian_cs", seed=seed, dataset=self.dataset,
-                     teacher_width=self.width_of(self.teacher), student_width=self.width_of(name), student_norm=norm,
-                     student_dropout=dropout, teacher_epochs=self.teacher_epochs,
-                     options=dict(steps=steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", eval_every=steps, device=self.device)))
-                for seed in self.seed_list() for row, (name, norm, dropout, steps) in self.students().items()]
+        return [
+            (
+                dict(network=row),
+                Cell(
+                    teacher=self.teacher,
+                    norm="bn",
+                    student=name,
+                    method="gaussian_cs",
+                    seed=seed,
+                    dataset=self.dataset,
+                    teacher_width=self.width_of(self.teacher),
+                    student_width=self.width_of(name),
+                    student_norm=norm,
+                    student_dropout=dropout,
+                    teacher_epochs=self.teacher_epochs,
+                    options=dict(
+                        steps=steps,
+                        batch_size=self.batch_size,
+                        lr=self.lr,
+                        schedule="constant",
+                        eval_every=steps,
+                        device=self.device,
+                    ),
+                ),
+            )
+            for seed in self.seed_list()
+            for row, (name, norm, dropout, steps) in self.students().items()
+        ]
 
 # %% ../../nbs/tables/contexts_room.ipynb #b97dcc85
 def trained_networks(cells, names, directories):
-    "{(seed, name): network}: the students of `cells`, trained into `directories`, and every seed's teacher as \"teacher\"; None for what is not trained."
+    '{(seed, name): network}: the students of `cells`, trained into `directories`, and every seed\'s teacher as "teacher"; None for what is not trained.'
     ds = load_dataset(cells[0].dataset)
     teachers = {(c.seed, "teacher"): trained_teacher(c) for c in {c.seed: c for c in cells}.values()}
-    return teachers | {(c.seed, name): cell_student(c, ds, d) if isinstance(d, str) else None for c, name, d in zip(cells, names, directories)}
+    return teachers | {
+        (c.seed, name): cell_student(c, ds, d) if isinstance(d, str) else None
+        for c, name, d in zip(cells, names, directories)
+    }
+
 
 def ask_in_contexts(p, nets, rows, draw):
     """`batch_dependence` of `nets` by a `ContextStudy` p: {(seed, row): BatchDependence, or None}, all of a seed in the same contexts.
@@ -70,24 +105,37 @@ def ask_in_contexts(p, nets, rows, draw):
     "cs" unless changed. `draw`: a sampler.
     """
     common = dict(draw=draw, contexts=p.contexts, others=p.others, inputs=p.inputs, mode="cs")
-    jobs = {(seed, row): (nets[seed, name], {**common, "generator": seed, **options}) for seed in p.seed_list() for row, (name, options) in rows.items()}
+    jobs = {
+        (seed, row): (nets[seed, name], {**common, "generator": seed, **options})
+        for seed in p.seed_list()
+        for row, (name, options) in rows.items()
+    }
     return dict(zip(jobs, run_measures(batch_dependence, jobs.values(), p.workers, p.device, desc="contexts")))
+
 
 def accuracy_alone(net, images, labels):
     "Accuracy (0..100) on images judged one at a time: running statistics, and aligned layers fall back to their own norm."
-    with teacher_context(net, "rs"): return evaluate(net, images, labels, "rs")["accuracy"]
+    with teacher_context(net, "rs"):
+        return evaluate(net, images, labels, "rs")["accuracy"]
 
 # %% ../../nbs/tables/contexts_room.ipynb #bb845f32
 def _partitions(n, most):
     "Ways to write n as a sum of whole numbers from `most` down."
-    if n == 0: yield ()
+    if n == 0:
+        yield ()
     for part in range(min(n, most), 0, -1):
-        for rest in _partitions(n - part, part): yield (part, *rest)
+        for rest in _partitions(n - part, part):
+            yield (part, *rest)
+
 
 def flip_rates_possible(contexts, classes=10, digits=1):
     "Every share of pairs of `contexts` predictions, in percent rounded to `digits`, that can differ: a set of floats."
     pairs = contexts * (contexts - 1) // 2
-    differing = {(contexts**2 - sum(v * v for v in votes)) // 2 for votes in _partitions(contexts, contexts) if len(votes) <= classes}
+    differing = {
+        (contexts**2 - sum(v * v for v in votes)) // 2
+        for votes in _partitions(contexts, contexts)
+        if len(votes) <= classes
+    }
     return {round(100 * d / pairs, digits) for d in differing}
 
 # %% ../../nbs/tables/contexts_room.ipynb #63cb236f
@@ -95,11 +143,18 @@ def plot_contexts(panels, columns=3):
     "Softmax outputs of one input, a line a context: `panels` {title: (contexts, C) probabilities}; returns the figure."
     use_style()
     rows = math.ceil(len(panels) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 1.7 * rows + 0.2), sharex=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(2.3 * columns, 1.7 * rows + 0.2), sharex=True, sharey=True, squeeze=False
+    )
     for ax, (title, p) in zip(axes.flat, panels.items()):
-        ax.plot(np.asarray(p).T, color="black", alpha=0.3, linewidth=0.8); ax.set_title(title, fontsize="small")
-        ax.set_ylim(-0.02, 1.02); ax.set_xticks(range(0, np.shape(p)[1], max(1, np.shape(p)[1] // 5)))
-    for ax in axes.flat[len(panels):]: ax.set_axis_off()
-    for ax in axes[-1]: ax.set_xlabel("class")
-    for ax in axes[:, 0]: ax.set_ylabel("probability")
+        ax.plot(np.asarray(p).T, color="black", alpha=0.3, linewidth=0.8)
+        ax.set_title(title, fontsize="small")
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_xticks(range(0, np.shape(p)[1], max(1, np.shape(p)[1] // 5)))
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax in axes[-1]:
+        ax.set_xlabel("class")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("probability")
     return fig

@@ -20,8 +20,10 @@ from ..experiments.parameters import BNStudy, as_list
 # %% ../../nbs/tables/coverage_room.ipynb #b5da4afa
 Counts = Annotated[list[int], BeforeValidator(lambda v: as_list(v))]
 
+
 class CoverageStudy(BNStudy):
     "Parameters of Table 7; a `pretrained` teacher is any classifier that torchvision has weights for."
+
     dataset: str = "digits100"
     teacher: str = "wrn28"
     samples: Counts = [400, 1000, 10_000, 120_000]
@@ -31,18 +33,29 @@ class CoverageStudy(BNStudy):
 
     @field_validator("teacher")
     @classmethod
-    def _teacher(cls, v): return v
+    def _teacher(cls, v):
+        return v
 
     @field_validator("pretrained")
     @classmethod
     def _known(cls, v, info):
-        if not v and "teacher" in info.data: BNStudy._teacher(info.data["teacher"])
+        if not v and "teacher" in info.data:
+            BNStudy._teacher(info.data["teacher"])
         return v
 
 # %% ../../nbs/tables/coverage_room.ipynb #e5e10190
 def coverage_rows(found, counts):
     "What `coverage` found after `counts` numbers of samples; NaN where it found nothing yet (None)."
-    columns = ("zero_classes", "min", "max", "max_over_expected", "required_k", "required_k_low", "required_k_high", "unseen_below")
+    columns = (
+        "zero_classes",
+        "min",
+        "max",
+        "max_over_expected",
+        "required_k",
+        "required_k_low",
+        "required_k_high",
+        "unseen_below",
+    )
     return pd.DataFrame({"samples": counts, **dict.fromkeys(columns, math.nan)}) if found is None else found
 
 # %% ../../nbs/tables/coverage_room.ipynb #aa5aa78d
@@ -56,17 +69,36 @@ def plot_coverage(records):
     for _, part in records.groupby("seed"):
         x, even = part.samples / part.classes, part.samples / part.classes
         left.plot(x, part["max"] / even, color=COLOURS["cs"], marker="o", markersize=3, linewidth=1)
-        left.plot(x, (part["min"] / even).where(part["min"] > 0), color=COLOURS["cs"], marker="o", markersize=3, linewidth=1, linestyle="--")
-        right.plot(x, 100 * part.zero_classes / part.classes, color=COLOURS["cs"], marker="o", markersize=3, linewidth=1)
+        left.plot(
+            x,
+            (part["min"] / even).where(part["min"] > 0),
+            color=COLOURS["cs"],
+            marker="o",
+            markersize=3,
+            linewidth=1,
+            linestyle="--",
+        )
+        right.plot(
+            x, 100 * part.zero_classes / part.classes, color=COLOURS["cs"], marker="o", markersize=3, linewidth=1
+        )
     left.axhline(1, color="black", linestyle=":", linewidth=0.8)
     left.set(xscale="log", yscale="log", xlabel="samples per class", ylabel="class count / even share")
     x = np.geomspace((records.samples / records.classes).min(), (records.samples / records.classes).max(), 100)
-    right.plot(x, 100 * np.exp(-x), color="black", linestyle=":", linewidth=0.8)                 # a Poisson count of mean x is 0
+    right.plot(x, 100 * np.exp(-x), color="black", linestyle=":", linewidth=0.8)  # a Poisson count of mean x is 0
     right.set(xscale="log", xlabel="samples per class", ylabel="classes never seen (%)", ylim=(-0.2, None))
-    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if left.get_ylim()[0] <= t <= left.get_ylim()[1]]
-    left.set_yticks(ticks, [f"{t:g}" for t in ticks]); left.yaxis.set_minor_locator(plt.NullLocator())
-    for ax in (left, right): ax.xaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    ticks = [
+        t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if left.get_ylim()[0] <= t <= left.get_ylim()[1]
+    ]
+    left.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    left.yaxis.set_minor_locator(plt.NullLocator())
+    for ax in (left, right):
+        ax.xaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:,.0f}"))
     line = lambda **kw: plt.Line2D([], [], **kw)
-    fig.legend([line(color=COLOURS["cs"]), line(color=COLOURS["cs"], linestyle="--"), line(color="black", linestyle=":")],
-               ["commonest class, or never seen", "rarest class, once seen", "if answers were even"], loc="outside lower center", ncols=3, fontsize="small")
+    fig.legend(
+        [line(color=COLOURS["cs"]), line(color=COLOURS["cs"], linestyle="--"), line(color="black", linestyle=":")],
+        ["commonest class, or never seen", "rarest class, once seen", "if answers were even"],
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+    )
     return fig

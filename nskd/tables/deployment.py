@@ -14,7 +14,7 @@ from pydantic import Field
 import torch
 
 from ..data import load_dataset
-from ..engine.style import COLOURS, label, level, panels, seed_line
+from ..engine.style import COLOURS, level, panels, seed_line
 from ..experiments.cells import cell_student
 from ..experiments.parameters import Sweep
 from ..experiments.runner import run_measures, run_sweep
@@ -22,17 +22,28 @@ from ..practice.deploy import SIZES, accuracy_by_batch_size, accuracy_by_skew
 from ..samplers import create_sampler
 
 # %% ../../nbs/tables/deployment_room.ipynb #a0724bdb
-STUDENTS = {"bn": (None, "gaussian"), "bn_leaves": (None, "dead_leaves"), "ln": ("ln", "gaussian"), "gn": ("gn", "gaussian"), "gn_leaves": ("gn", "dead_leaves")}
+STUDENTS = {
+    "bn": (None, "gaussian"),
+    "bn_leaves": (None, "dead_leaves"),
+    "ln": ("ln", "gaussian"),
+    "gn": ("gn", "gaussian"),
+    "gn_leaves": ("gn", "dead_leaves"),
+}
+
 
 class DeployStudy(Sweep):
     "Parameters of deployment.ipynb."
+
     absent: ClassVar[tuple] = ("alpha",)
     skew_batch: int = Field(64, ge=2)
 
     def plan(self):
         "(labels, cell) of every student, slowest varying first: seed, student."
-        return [(dict(form=form), self.one(seed, "bn", "normshift", student_norm=norm, options=dict(sampler=noise)))
-                for seed in self.seed_list() for form, (norm, noise) in STUDENTS.items()]
+        return [
+            (dict(form=form), self.one(seed, "bn", "normshift", student_norm=norm, options=dict(sampler=noise)))
+            for seed in self.seed_list()
+            for form, (norm, noise) in STUDENTS.items()
+        ]
 
 # %% ../../nbs/tables/deployment_room.ipynb #9179499d
 def deployment_records(p):
@@ -45,16 +56,38 @@ def deployment_records(p):
     students = run_sweep(plan, p.workers, p.budget)
     nets = [cell_student(cell, ds, d) if isinstance(d, str) else None for (_, cell), d in zip(plan, students.directory)]
     keys = [(cell.seed, labels["form"]) for labels, cell in plan]
-    def images(seed): return ds.train_images[torch.randperm(len(ds.train_images), generator=torch.Generator().manual_seed(seed))[:1000]]
+
+    def images(seed):
+        return ds.train_images[
+            torch.randperm(len(ds.train_images), generator=torch.Generator().manual_seed(seed))[:1000]
+        ]
+
     judged = dict(images=ds.test_images, labels=ds.test_labels)
     noise = [create_sampler(n, ds.shape) for n in ("gaussian", "perlin", "dead_leaves")]
-    sized = run_measures(accuracy_by_batch_size, [(net, dict(judged, sizes=SIZES, recal_images=images(s), noise=noise)) for net, (s, _) in zip(nets, keys)], p.workers, p.device, desc="by batch size")
-    skewed = run_measures(accuracy_by_skew, [(net, dict(judged, batch_size=p.skew_batch)) for net in nets], p.workers, p.device, desc="by mixture")
+    sized = run_measures(
+        accuracy_by_batch_size,
+        [(net, dict(judged, sizes=SIZES, recal_images=images(s), noise=noise)) for net, (s, _) in zip(nets, keys)],
+        p.workers,
+        p.device,
+        desc="by batch size",
+    )
+    skewed = run_measures(
+        accuracy_by_skew,
+        [(net, dict(judged, batch_size=p.skew_batch)) for net in nets],
+        p.workers,
+        p.device,
+        desc="by mixture",
+    )
+
     def label(parts, *columns):
-        empty = pd.DataFrame(columns=[*columns, "accuracy", "student", "seed"])          # no student is there when time was too short
+        empty = pd.DataFrame(
+            columns=[*columns, "accuracy", "student", "seed"]
+        )  # no student is there when time was too short
         found = [f.assign(student=form, seed=seed) for f, (seed, form) in zip(parts, keys) if f is not None]
         return pd.concat(found, ignore_index=True) if found else empty
+
     return students, label(sized, "mode", "batch_size"), label(skewed, "share")
+
 
 def accuracy_of(by_size, student, mode, batch_size=1):
     "Accuracy in percent of one student in one mode: a Series by seed."
@@ -62,7 +95,13 @@ def accuracy_of(by_size, student, mode, batch_size=1):
     return part.set_index("seed").accuracy
 
 # %% ../../nbs/tables/deployment_room.ipynb #f47419ed
-_STUDENTS = {"bn": COLOURS["bn"], "bn_leaves": COLOURS["train"], "ln": COLOURS["ln"], "gn": COLOURS["gn"]}     # by norm, and the noise they learned from
+_STUDENTS = {
+    "bn": COLOURS["bn"],
+    "bn_leaves": COLOURS["train"],
+    "ln": COLOURS["ln"],
+    "gn": COLOURS["gn"],
+}  # by norm, and the noise they learned from
+
 
 def plot_deployment(by_size, by_skew, students):
     """Accuracy by the size of a batch, by the number of unlabelled images for recalibration, and by one class's share of a batch; returns the figure.
@@ -75,15 +114,32 @@ def plot_deployment(by_size, by_skew, students):
         colour = _STUDENTS[name]
         part = by_size[by_size.student == name]
         mode, cs = part["mode"], part[part["mode"] == "cs"]
-        if not len(cs): level(left, part[mode == "rs"].accuracy, colour, title); continue
+        if not len(cs):
+            level(left, part[mode == "rs"].accuracy, colour, title)
+            continue
         seed_line(left, cs, "batch_size", "accuracy", colour, title)
         known = part[mode.str.fullmatch(r"recal@\d+")]
-        counts = pd.concat((part[mode == "rs"].assign(images=1), known.assign(images=known["mode"].str.removeprefix("recal@").astype(float))))
+        counts = pd.concat(
+            (
+                part[mode == "rs"].assign(images=1),
+                known.assign(images=known["mode"].str.removeprefix("recal@").astype(float)),
+            )
+        )
         seed_line(middle, counts, "images", "accuracy", colour, linestyle="-")
-        seed_line(right, by_skew[by_skew.student == name].assign(percent=lambda f: 100 * f.share), "percent", "accuracy", colour)
-    left.set_xscale("log", base=2); middle.set_xscale("log")
+        seed_line(
+            right,
+            by_skew[by_skew.student == name].assign(percent=lambda f: 100 * f.share),
+            "percent",
+            "accuracy",
+            colour,
+        )
+    left.set_xscale("log", base=2)
+    middle.set_xscale("log")
     ticks = sorted(counts.images.unique())
-    middle.set_xticks(ticks, ["none", *(f"{t:,.0f}" for t in ticks[1:])]); middle.xaxis.set_minor_locator(plt.NullLocator())
-    left.set(xlabel="images in a batch (CS mode)", ylabel="accuracy (%)"); middle.set(xlabel="unlabelled images (RS mode)"); right.set(xlabel="one class's share of a batch (%)")
+    middle.set_xticks(ticks, ["none", *(f"{t:,.0f}" for t in ticks[1:])])
+    middle.xaxis.set_minor_locator(plt.NullLocator())
+    left.set(xlabel="images in a batch (CS mode)", ylabel="accuracy (%)")
+    middle.set(xlabel="unlabelled images (RS mode)")
+    right.set(xlabel="one class's share of a batch (%)")
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return fig

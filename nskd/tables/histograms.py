@@ -18,18 +18,45 @@ from ..experiments.parameters import BNStudy, Names
 # %% ../../nbs/tables/histograms_room.ipynb #d3806403
 class HistogramStudy(BNStudy):
     "Parameters of Figure 1."
+
     datasets: Names = ["digits", "digits100"]
     samples: int = Field(10_240, ge=1)
 
 # %% ../../nbs/tables/histograms_room.ipynb #c007f3e1
-_HISTOGRAM = ("teacher_accuracy", "effective_classes", "missing_classes", "largest_share", "max_min_ratio", "required_k", "marginal_entropy", "conditional_entropy", "mutual_information")
+_HISTOGRAM = (
+    "teacher_accuracy",
+    "effective_classes",
+    "missing_classes",
+    "largest_share",
+    "max_min_ratio",
+    "required_k",
+    "marginal_entropy",
+    "conditional_entropy",
+    "mutual_information",
+)
+
 
 def histogram_row(teacher, h):
     "The numbers of a teacher's `class_histogram` h, one column each (accuracy and share in percent); NaN where there is no teacher yet."
-    if teacher is None: return dict.fromkeys(_HISTOGRAM, math.nan)
+    if teacher is None:
+        return dict.fromkeys(_HISTOGRAM, math.nan)
     i = h.information
-    return dict(zip(_HISTOGRAM, (teacher.record["accuracy"]["rs"], h.effective_classes, h.missing_classes, 100 * h.hard.max().item(), h.max_min_ratio, h.required_k,
-                                 i.marginal_entropy, i.conditional_entropy, i.mutual_information)))
+    return dict(
+        zip(
+            _HISTOGRAM,
+            (
+                teacher.record["accuracy"]["rs"],
+                h.effective_classes,
+                h.missing_classes,
+                100 * h.hard.max().item(),
+                h.max_min_ratio,
+                h.required_k,
+                i.marginal_entropy,
+                i.conditional_entropy,
+                i.mutual_information,
+            ),
+        )
+    )
 
 # %% ../../nbs/tables/histograms_room.ipynb #f57b60f3
 def plot_class_radar(shares, modes=("rs", "cs")):
@@ -38,19 +65,30 @@ def plot_class_radar(shares, modes=("rs", "cs")):
     `shares`: {name: {mode: (C,) shares that sum to 1}}. Radii are square roots of shares, in percent.
     """
     use_style()
-    fig, axes = plt.subplots(len(shares), len(modes), figsize=(2.5 * len(modes), 2.6 * len(shares)), subplot_kw={"projection": "polar"}, squeeze=False)
+    fig, axes = plt.subplots(
+        len(shares),
+        len(modes),
+        figsize=(2.5 * len(modes), 2.6 * len(shares)),
+        subplot_kw={"projection": "polar"},
+        squeeze=False,
+    )
     for row, (name, by_mode) in zip(axes, shares.items()):
         top = max(np.asarray(s).max() for s in by_mode.values())
-        for ax, mode in zip(row, modes): _radar(ax, np.asarray(by_mode[mode]), COLOURS[mode], top); ax.set_title(f"{name}, {NAMES.get(mode, mode)}")
+        for ax, mode in zip(row, modes):
+            _radar(ax, np.asarray(by_mode[mode]), COLOURS[mode], top)
+            ax.set_title(f"{name}, {NAMES.get(mode, mode)}")
     return fig
+
 
 def _radar(ax, share, colour, top):
     c = len(share)
     angle, radius = 2 * np.pi * np.append(np.arange(c), 0) / c, np.sqrt(np.append(share, share[0]))
-    ax.plot(angle, radius, color=colour, linewidth=1.2); ax.fill(angle, radius, color=colour, alpha=0.25)
-    ax.plot(np.linspace(0, 2 * np.pi, 200), np.full(200, c ** -0.5), color="black", linestyle=":", linewidth=0.8)
+    ax.plot(angle, radius, color=colour, linewidth=1.2)
+    ax.fill(angle, radius, color=colour, alpha=0.25)
+    ax.plot(np.linspace(0, 2 * np.pi, 200), np.full(200, c**-0.5), color="black", linestyle=":", linewidth=0.8)
     step = 1 if c <= 20 else c // 10
     ax.set_xticks(angle[:-1:step], [str(i) for i in range(0, c, step)], fontsize="small")
     ticks = [t for t in (0.01, 0.05, 0.1, 0.25, 0.5, 1) if 1.2 / c <= t < 1.15 * top]
     ax.set_yticks(np.sqrt(ticks), [f"{100 * t:.0f} %" for t in ticks], fontsize="x-small")
-    ax.set_ylim(0, 1.05 * math.sqrt(top)); ax.set_rlabel_position(180 / c if c <= 20 else 9)
+    ax.set_ylim(0, 1.05 * math.sqrt(top))
+    ax.set_rlabel_position(180 / c if c <= 20 else 9)

@@ -29,34 +29,106 @@ def table_claims(records, table, logit_gap=None):
     records = _with_all_students(records)
     has = lambda norm, *methods: set(methods) <= set(records[records.norm == norm].method)
     acc = lambda norm, method: per_seed(records, norm=norm, method=method)
-    relative = lambda norm, method: per_seed(records.assign(share=100 * records.cs / records.teacher_accuracy), "share", norm=norm, method=method)
+    relative = lambda norm, method: per_seed(
+        records.assign(share=100 * records.cs / records.teacher_accuracy), "share", norm=norm, method=method
+    )
     source, found = f"NormShift-KD, Table {table.removeprefix('table')} and section 6.1", []
-    def add(id, statement, verdict, evidence): found.append(claim(f"{table}.{id}", statement, source, verdict, evidence))
-    def versus(id, statement, norm, better, worse):
-        if has(norm, better, worse) and len(gap := (acc(norm, better) - acc(norm, worse)).dropna()): add(id, statement, *judge(gap, above=0, unit="points"))
-    def fails(id, statement, norm, method):
-        if has(norm, method): add(id, statement, *judge(relative(norm, method), below=50, unit="% of the teacher's"))
 
-    fails("rs-fails-bn", "A BN teacher in RS mode teaches little from noise: the student stays below half of its accuracy", "bn", "gaussian_rs")
-    versus("cs-repairs", "Current statistics repair it: Gaussian + CS beats Gaussian + RS with a BN teacher", "bn", "gaussian_cs", "gaussian_rs")
-    versus("rejection-adds", "Rejection sampling adds to it: NormShift-KD beats Gaussian + CS with a BN teacher", "bn", "normshift", "gaussian_cs")
-    versus("cs-beats-ddg", "Gaussian + CS beats data-dependent Gaussian noise with a BN teacher, without using data", "bn", "gaussian_cs", "ddg")
-    versus("ddg-beats-rs", "Data-dependent Gaussian noise beats Gaussian + RS with a BN teacher", "bn", "ddg", "gaussian_rs")
+    def add(id, statement, verdict, evidence):
+        found.append(claim(f"{table}.{id}", statement, source, verdict, evidence))
+
+    def versus(id, statement, norm, better, worse):
+        if has(norm, better, worse) and len(gap := (acc(norm, better) - acc(norm, worse)).dropna()):
+            add(id, statement, *judge(gap, above=0, unit="points"))
+
+    def fails(id, statement, norm, method):
+        if has(norm, method):
+            add(id, statement, *judge(relative(norm, method), below=50, unit="% of the teacher's"))
+
+    fails(
+        "rs-fails-bn",
+        "A BN teacher in RS mode teaches little from noise: the student stays below half of its accuracy",
+        "bn",
+        "gaussian_rs",
+    )
+    versus(
+        "cs-repairs",
+        "Current statistics repair it: Gaussian + CS beats Gaussian + RS with a BN teacher",
+        "bn",
+        "gaussian_cs",
+        "gaussian_rs",
+    )
+    versus(
+        "rejection-adds",
+        "Rejection sampling adds to it: NormShift-KD beats Gaussian + CS with a BN teacher",
+        "bn",
+        "normshift",
+        "gaussian_cs",
+    )
+    versus(
+        "cs-beats-ddg",
+        "Gaussian + CS beats data-dependent Gaussian noise with a BN teacher, without using data",
+        "bn",
+        "gaussian_cs",
+        "ddg",
+    )
+    versus(
+        "ddg-beats-rs",
+        "Data-dependent Gaussian noise beats Gaussian + RS with a BN teacher",
+        "bn",
+        "ddg",
+        "gaussian_rs",
+    )
     if logit_gap is not None:
-        add("ln-modes-equal", "For an LN teacher RS and CS are one thing: its logits depend on neither the mode nor the rest of the batch", logit_gap == 0, {"largest_logit_difference": logit_gap})
-    fails("ln-fails", "An LN teacher teaches little from noise: the student stays below half of its accuracy", "ln", "gaussian_rs")
-    fails("ln-ddg-fails", "Data-dependent Gaussian noise does not rescue an LN teacher: the student stays below half of its accuracy", "ln", "ddg")
-    versus("alignment-restores", "Batch alignment with rejection sampling restores it: NormShift-KD beats plain noise with an LN teacher", "ln", "normshift", "gaussian_cs")
+        add(
+            "ln-modes-equal",
+            "For an LN teacher RS and CS are one thing: its logits depend on neither the mode nor the rest of the batch",
+            logit_gap == 0,
+            {"largest_logit_difference": logit_gap},
+        )
+    fails(
+        "ln-fails",
+        "An LN teacher teaches little from noise: the student stays below half of its accuracy",
+        "ln",
+        "gaussian_rs",
+    )
+    fails(
+        "ln-ddg-fails",
+        "Data-dependent Gaussian noise does not rescue an LN teacher: the student stays below half of its accuracy",
+        "ln",
+        "ddg",
+    )
+    versus(
+        "alignment-restores",
+        "Batch alignment with rejection sampling restores it: NormShift-KD beats plain noise with an LN teacher",
+        "ln",
+        "normshift",
+        "gaussian_cs",
+    )
     if has("ln", "normshift"):
-        add("ln-transfers", "With NormShift-KD an LN teacher's student reaches more than half of its teacher's accuracy", *judge(relative("ln", "normshift"), above=50, unit="% of the teacher's"))
-    if has("bn", "normshift") and has("ln", "normshift") and len(gap := (acc("bn", "normshift") - acc("ln", "normshift")).dropna()):
-        add("bn-ln-gap", "A gap remains: NormShift-KD's students of BN teachers are better than those of LN teachers", *judge(gap, above=0, unit="points"))
+        add(
+            "ln-transfers",
+            "With NormShift-KD an LN teacher's student reaches more than half of its teacher's accuracy",
+            *judge(relative("ln", "normshift"), above=50, unit="% of the teacher's"),
+        )
+    if (
+        has("bn", "normshift")
+        and has("ln", "normshift")
+        and len(gap := (acc("bn", "normshift") - acc("ln", "normshift")).dropna())
+    ):
+        add(
+            "bn-ln-gap",
+            "A gap remains: NormShift-KD's students of BN teachers are better than those of LN teachers",
+            *judge(gap, above=0, unit="points"),
+        )
     return found
+
 
 def _with_all_students(records):
     "The rows of those norms, methods and seeds that have every student; all rows but in a run out of time."
     pair = records.teacher + " " + records.student
     return records[pair.groupby([records.norm, records.method, records.seed]).transform("nunique") == pair.nunique()]
+
 
 @torch.no_grad()
 def context_gap(cells, norm="ln", n=64):
@@ -67,12 +139,20 @@ def context_gap(cells, norm="ln", n=64):
     """
     gaps = []
     for cell in {c.teachers_work(): c for c in cells if c.norm == norm}.values():
-        if (teacher := trained_teacher(cell)) is None: continue
+        if (teacher := trained_teacher(cell)) is None:
+            continue
         device = next(teacher.parameters()).device
-        x, a, b = create_sampler("gaussian", load_dataset(cell.dataset).shape)(3 * n, generator=torch.Generator().manual_seed(cell.seed)).to(device).chunk(3)
+        x, a, b = (
+            create_sampler("gaussian", load_dataset(cell.dataset).shape)(
+                3 * n, generator=torch.Generator().manual_seed(cell.seed)
+            )
+            .to(device)
+            .chunk(3)
+        )
         answers = []
         for mode, company in (("rs", a), ("cs", a), ("cs", b)):
-            with teacher_context(teacher, mode): answers.append(teacher(torch.cat((x, company)))[:n])
+            with teacher_context(teacher, mode):
+                answers.append(teacher(torch.cat((x, company)))[:n])
         gaps += [(z - answers[0]).abs().max().item() for z in answers[1:]]
     return max(gaps, default=None)
 
@@ -80,29 +160,50 @@ def context_gap(cells, norm="ln", n=64):
 def pair_name(teacher, student):
     return f"{NAMES.get(teacher, teacher)} → {NAMES.get(student, student)}"
 
+
 def accuracy_table(records, paper, methods, value="cs"):
     """Measured accuracy (mean ± standard error over seeds, percent) beside the paper's: rows methods, columns pairs.
 
     `paper`: {(norm, teacher, student): {method: percent, "teacher": percent}}; a dash where it, or the measurement, has no number.
     """
     columns, norms = {}, list(dict.fromkeys(records.norm))
-    for (norm, t, s), part in sorted(records.groupby(["norm", "teacher", "student"], sort=False), key=lambda g: norms.index(g[0][0])):
+    for (norm, t, s), part in sorted(
+        records.groupby(["norm", "teacher", "student"], sort=False), key=lambda g: norms.index(g[0][0])
+    ):
         theirs = paper.get((norm, t, s), {})
         show = lambda v: "–" if v is None else f"{v:.2f}"
-        cell = lambda values: "–" if not len(values) else "{:.1f} ± {:.1f}".format(*mean_se(values)).removesuffix(" ± nan")
+        cell = lambda values: (
+            "–" if not len(values) else "{:.1f} ± {:.1f}".format(*mean_se(values)).removesuffix(" ± nan")
+        )
         head = (NAMES.get(norm, norm), pair_name(t, s))
-        columns[head + ("measured",)] = [cell(part.drop_duplicates("seed").teacher_accuracy), *(cell(part[part.method == m][value]) for m in methods)]
+        columns[head + ("measured",)] = [
+            cell(part.drop_duplicates("seed").teacher_accuracy),
+            *(cell(part[part.method == m][value]) for m in methods),
+        ]
         columns[head + ("paper",)] = [show(theirs.get(m)) for m in ("teacher", *methods)]
     return pd.DataFrame(columns, index=["teacher itself", *(NAMES.get(m, m) for m in methods)])
+
 
 def modes_table(records):
     "Last and best checkpoint in all three BN modes, mean over seeds, percent: one row a cell."
     keys, norms = ["norm", "teacher", "student", "method"], list(dict.fromkeys(records.norm))
-    mean = records.sort_values("norm", key=lambda n: n.map(norms.index), kind="stable").groupby(keys, sort=False)[["cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "balance_targets"]].mean().astype(float).reset_index()
-    rows = {("", "teacher"): mean.norm.map(lambda n: NAMES.get(n, n)), ("", "pair"): [pair_name(t, s) for t, s in zip(mean.teacher, mean.student)],
-            ("", "method"): mean.method.map(lambda m: NAMES.get(m, m))}
+    mean = (
+        records.sort_values("norm", key=lambda n: n.map(norms.index), kind="stable")
+        .groupby(keys, sort=False)[
+            ["cs", "rs", "recal", "best_cs", "best_rs", "best_recal", "best_step", "balance_targets"]
+        ]
+        .mean()
+        .astype(float)
+        .reset_index()
+    )
+    rows = {
+        ("", "teacher"): mean.norm.map(lambda n: NAMES.get(n, n)),
+        ("", "pair"): [pair_name(t, s) for t, s in zip(mean.teacher, mean.student)],
+        ("", "method"): mean.method.map(lambda m: NAMES.get(m, m)),
+    }
     for which, prefix in (("last checkpoint", ""), ("best by test accuracy in CS", "best_")):
-        for m in ("cs", "rs", "recal"): rows[which, m.upper()] = mean[prefix + m].round(1)
+        for m in ("cs", "rs", "recal"):
+            rows[which, m.upper()] = mean[prefix + m].round(1)
     rows["best by test accuracy in CS", "step"] = mean.best_step.round().astype(int)
     rows["balance", "targets"] = [f"{b:.3f}" for b in mean.balance_targets]
     return pd.DataFrame(rows)
@@ -115,9 +216,11 @@ def plot_accuracy_by_method(records, methods, chance, value="cs"):
     accuracies in percent. `methods`: order of the bars. `chance`: percent.
     """
     use_style()
-    records = records.assign(pair=[f"{NAMES.get(t, t)} → {NAMES.get(s, s)}" for t, s in zip(records.teacher, records.student)])
+    records = records.assign(
+        pair=[f"{NAMES.get(t, t)} → {NAMES.get(s, s)}" for t, s in zip(records.teacher, records.student)]
+    )
     norms = list(dict.fromkeys(records.norm))
-    panels = max(1, len(norms))                # a run out of time may have no cell yet
+    panels = max(1, len(norms))  # a run out of time may have no cell yet
     fig, axes = plt.subplots(1, panels, figsize=(3.6 * panels + 0.4, 2.7), sharey=True, squeeze=False)
     palette = {m: COLOURS[m] for m in methods}
     for ax, norm in zip(axes[0], norms):
@@ -132,7 +235,17 @@ def plot_accuracy_by_method(records, methods, chance, value="cs"):
         ax.grid(axis="x", visible=False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=palette[m]) for m in methods]
     labels = [NAMES.get(m, m) for m in methods]
-    handles += [plt.Line2D([], [], color="black", linewidth=1), plt.Line2D([], [], color="black", linestyle=":", linewidth=0.8)]
-    fig.legend(handles, [*labels, "teacher", "chance"], loc="outside lower center", ncols=len(handles), fontsize="small",
-               columnspacing=1, handlelength=1.2)
+    handles += [
+        plt.Line2D([], [], color="black", linewidth=1),
+        plt.Line2D([], [], color="black", linestyle=":", linewidth=0.8),
+    ]
+    fig.legend(
+        handles,
+        [*labels, "teacher", "chance"],
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize="small",
+        columnspacing=1,
+        handlelength=1.2,
+    )
     return fig

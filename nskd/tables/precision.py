@@ -17,6 +17,7 @@ from ..experiments.parameters import Sweep, each_of
 # %% ../../nbs/tables/precision_room.ipynb #9c4bfc9e
 class PrecisionSweep(Sweep):
     "Parameters of the precision study; steps, batch and learning rate are Table 2's, which share their students."
+
     absent: ClassVar[tuple] = ("precision",)
     norms: Annotated[list[str], each_of(("bn", "ln", "gn"), "a norm")] = ["bn", "ln"]
     steps: int = Field(400, ge=1)
@@ -26,7 +27,10 @@ class PrecisionSweep(Sweep):
 
     @model_validator(mode="after")
     def _reference(self):
-        if "fp32" not in self.ways or len(self.ways) < 2: raise ValueError(f"ways must hold fp32, to which the others are compared, and one more, not {', '.join(self.ways)}")
+        if "fp32" not in self.ways or len(self.ways) < 2:
+            raise ValueError(
+                f"ways must hold fp32, to which the others are compared, and one more, not {', '.join(self.ways)}"
+            )
         return self
 
     def arithmetic(self, way):
@@ -41,6 +45,13 @@ class PrecisionSweep(Sweep):
     def here(self):
         "A sentence on what the default means on this device, for these images."
         device = pick_device(self.device)
-        teacher, student = pick_teacher_precision("auto", device), pick_student_precision("auto", device, load_dataset(self.dataset).shape)
-        same = "" if teacher != student or "teacher" not in self.ways else f", so the second way is the {'first' if teacher == 'fp32' else 'third'} here"
+        teacher, student = (
+            pick_teacher_precision("auto", device),
+            pick_student_precision("auto", device, load_dataset(self.dataset).shape),
+        )
+        same = (
+            ""
+            if teacher != student or "teacher" not in self.ways
+            else f", so the second way is the {'first' if teacher == 'fp32' else 'third'} here"
+        )
         return f"On this {device.type} the default asks the teacher in {teacher} and trains the student in {student}{same}."

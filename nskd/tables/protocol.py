@@ -15,9 +15,10 @@ from ..experiments.parameters import Sweep, numbers
 # %% ../../nbs/tables/protocol_room.ipynb #791e8ea0
 class ProtocolSweep(Sweep):
     "Parameters of the protocol study: two levels of each factor."
+
     absent: ClassVar[tuple] = ("alpha", "k", "batch_size", "tau", "steps")
     dataset: str = "digits100"
-    schedule: Literal["constant"] = "constant"           # so that the first steps of a long run are a short run
+    schedule: Literal["constant"] = "constant"  # so that the first steps of a long run are a short run
     batch_sizes: Annotated[list[int], numbers(int, "batch_sizes", 2)] = [64, 256]
     ks: Annotated[list[int], numbers(int, "ks", 1)] = [1, 4]
     taus: Annotated[list[float], numbers(float, "taus", 1e-6)] = [1.0, 4.0]
@@ -26,6 +27,10 @@ class ProtocolSweep(Sweep):
     @model_validator(mode="after")
     def _two_levels(self):
         for name in ("batch_sizes", "ks", "taus", "step_counts"):
-            if len(getattr(self, name)) != 2: raise ValueError(f"{name} must be two levels, low and high, not {getattr(self, name)}")
-        if any(s % self.eval_every for s in self.step_counts): raise ValueError(f"step_counts must be multiples of eval_every = {self.eval_every}, and {self.step_counts} are not")
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"{name} must be two levels, low and high, not {getattr(self, name)}")
+        if any(s % self.eval_every for s in self.step_counts):
+            raise ValueError(
+                f"step_counts must be multiples of eval_every = {self.eval_every}, and {self.step_counts} are not"
+            )
         return self

@@ -36,41 +36,54 @@ INGREDIENTS = {
 @dataclass
 class Flops:
     "FLOPs for one image: `teacher` and `student` forward, `training` the student forward and backward."
+
     teacher: float
     student: float
     training: float
 
+
 def flops_an_image(teacher, student, shape, batch_size=2):
     "`Flops` of two networks on images of `shape` (C, H, W); the networks stay as they are."
+
     def count(net, backward):
         x = torch.zeros(batch_size, *shape, device=next(net.parameters()).device)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
             z = net.eval()(x)
-            if backward: torch.autograd.grad(z.sum(), list(net.parameters()), allow_unused=True)
+            if backward:
+                torch.autograd.grad(z.sum(), list(net.parameters()), allow_unused=True)
         return counter.get_total_flops() / batch_size
+
     training = [net.training for net in (teacher, student)]
-    try: return Flops(count(teacher, False), count(student, False), count(student, True))
+    try:
+        return Flops(count(teacher, False), count(student, False), count(student, True))
     finally:
-        for net, was in zip((teacher, student), training): net.train(was)
+        for net, was in zip((teacher, student), training):
+            net.train(was)
+
 
 def run_flops(cfg, flops):
     "FLOPs of a whole run of `cfg` (a `DistillConfig`): pool, targets, training, a fixed pool and its targets included; evaluations are not."
     total = cfg.steps * cfg.batch_size * (cfg.asks * flops.teacher + flops.training)
-    if cfg.pool_size: total += cfg.pool_size * flops.teacher * (cfg.k + (cfg.target_contexts or 0))
+    if cfg.pool_size:
+        total += cfg.pool_size * flops.teacher * (cfg.k + (cfg.target_contexts or 0))
     return total
+
 
 def steps_within(cfg, flops, budget):
     "How many steps of `cfg` cost at most `budget` FLOPs; ValueError where not even one does."
     cost = lambda steps: run_flops(cfg.replace(steps=steps), flops)
     most = 1
-    while cost(most) <= budget: most *= 2
+    while cost(most) <= budget:
+        most *= 2
     steps = bisect_right(range(1, most + 1), budget, key=cost)
-    if not steps: raise ValueError(f"a budget of {budget:.3g} FLOPs does not pay for one step, which costs {cost(1):.3g}")
+    if not steps:
+        raise ValueError(f"a budget of {budget:.3g} FLOPs does not pay for one step, which costs {cost(1):.3g}")
     return steps
 
 # %% ../../nbs/tables/recipe_room.ipynb #9fb383b7
 class RecipeSweep(Sweep):
     "Parameters of the recipe study: the paper's protocol, whose cost is everyone's budget."
+
     absent: ClassVar[tuple] = ("schedule", "plateau_patience", "eval_every")
     norms: Annotated[list[str], each_of(("bn", "ln", "gn"), "a norm")] = ["bn"]
     steps: int = Field(100, ge=1)
@@ -81,17 +94,29 @@ class RecipeSweep(Sweep):
     def recipes(self):
         "What is compared: {name: (title, changes, share of the budget)}."
         parts = {name: (title, changes, 1.0) for name, (title, changes) in INGREDIENTS.items()}
-        return {"paper": ("the paper's protocol", {}, 1.0), **parts, "fast": ("the fast recipe", FAST, 1.0),
-                **{f"fast-{100 * s:g}": (f"the fast recipe, {100 * s:g} % of the compute", FAST, s) for s in sorted(self.shares, reverse=True)}}
+        return {
+            "paper": ("the paper's protocol", {}, 1.0),
+            **parts,
+            "fast": ("the fast recipe", FAST, 1.0),
+            **{
+                f"fast-{100 * s:g}": (f"the fast recipe, {100 * s:g} % of the compute", FAST, s)
+                for s in sorted(self.shares, reverse=True)
+            },
+        }
 
-    def titles(self): return {name: title for name, (title, *_) in self.recipes().items()}
+    def titles(self):
+        return {name: title for name, (title, *_) in self.recipes().items()}
 
-    def share(self, recipe): return self.recipes()[recipe][2]
+    def share(self, recipe):
+        return self.recipes()[recipe][2]
 
     @cached_property
     def flops(self):
         ds = load_dataset(self.dataset)
-        teacher, student = (create_model(n, ds.num_classes, ds.channels, ds.image_size, width=self.width_of(n), seed=0) for n in (self.teacher, self.student))
+        teacher, student = (
+            create_model(n, ds.num_classes, ds.channels, ds.image_size, width=self.width_of(n), seed=0)
+            for n in (self.teacher, self.student)
+        )
         return flops_an_image(teacher, student, ds.shape)
 
     def configs(self):
@@ -99,16 +124,43 @@ class RecipeSweep(Sweep):
         paper = self.one(0, "bn", "normshift").config()
         budget = run_flops(paper, self.flops)
         made = {name: paper.replace(**changes) for name, (_, changes, _) in self.recipes().items()}
-        return {name: c.replace(steps=(n := steps_within(c, self.flops, self.share(name) * budget)), eval_every=math.ceil(n / 4)) for name, c in made.items()}
+        return {
+            name: c.replace(
+                steps=(n := steps_within(c, self.flops, self.share(name) * budget)), eval_every=math.ceil(n / 4)
+            )
+            for name, c in made.items()
+        }
 
     def costs(self):
         "What the recipes change, what that costs, and what they get for it: a DataFrame to look at."
         cost = lambda c: run_flops(c, self.flops) / 1e12
-        return pd.DataFrame([{"recipe": title, "changes": ", ".join(f"{k} {v}" for k, v in changes.items()) or "–", "steps": c.steps, "noise images": c.images * c.steps, "10¹² operations": round(cost(c), 2)}
-                             for (title, changes, _), c in zip(self.recipes().values(), self.configs().values())])
+        return pd.DataFrame(
+            [
+                {
+                    "recipe": title,
+                    "changes": ", ".join(f"{k} {v}" for k, v in changes.items()) or "–",
+                    "steps": c.steps,
+                    "noise images": c.images * c.steps,
+                    "10¹² operations": round(cost(c), 2),
+                }
+                for (title, changes, _), c in zip(self.recipes().values(), self.configs().values())
+            ]
+        )
 
     def plan(self):
         "(labels, cell) of every student."
         configs = self.configs()
-        return [(dict(recipe=name), self.one(seed, norm, "normshift", options={**changes, "steps": configs[name].steps, "eval_every": configs[name].eval_every}))
-                for seed in self.seed_list() for norm in self.norms for name, (_, changes, _) in self.recipes().items()]
+        return [
+            (
+                dict(recipe=name),
+                self.one(
+                    seed,
+                    norm,
+                    "normshift",
+                    options={**changes, "steps": configs[name].steps, "eval_every": configs[name].eval_every},
+                ),
+            )
+            for seed in self.seed_list()
+            for norm in self.norms
+            for name, (_, changes, _) in self.recipes().items()
+        ]

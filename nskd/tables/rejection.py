@@ -16,6 +16,7 @@ from ..experiments.parameters import Sweep
 # %% ../../nbs/tables/rejection_room.ipynb #ac8b67a0
 class RejectionSweep(Sweep):
     "Parameters of Table 11."
+
     absent: ClassVar[tuple] = ("alpha",)
     dataset: str = "digits100"
     student: str = "r18"
@@ -25,7 +26,10 @@ class RejectionSweep(Sweep):
     @model_validator(mode="after")
     def _evaluated(self):
         step = self.middle * self.steps
-        if step != int(step) or step % self.eval_every: raise ValueError(f"middle × steps must be a multiple of eval_every, and {self.middle} × {self.steps} is not one of {self.eval_every}")
+        if step != int(step) or step % self.eval_every:
+            raise ValueError(
+                f"middle × steps must be a multiple of eval_every, and {self.middle} × {self.steps} is not one of {self.eval_every}"
+            )
         return self
 
 # %% ../../nbs/tables/rejection_room.ipynb #0cdfcc1e
@@ -38,8 +42,18 @@ def plot_curves(history, by, methods):
     for value, part in history.groupby(by, sort=False):
         for ax, y in ((left, "accuracy_cs"), (right, "balance_targets")):
             over = part.groupby("step")[y].agg(["mean", "min", "max"])
-            ax.plot(over.index, over["mean"], color=COLOURS[methods[value]], marker="o", markersize=3, label=label(methods[value]))
-            ax.fill_between(over.index, over["min"], over["max"], color=COLOURS[methods[value]], alpha=0.15, linewidth=0)
-    left.set(xlabel="steps", ylabel=ACCURACY); right.set(xlabel="steps", ylabel="evenness of target classes")
+            ax.plot(
+                over.index,
+                over["mean"],
+                color=COLOURS[methods[value]],
+                marker="o",
+                markersize=3,
+                label=label(methods[value]),
+            )
+            ax.fill_between(
+                over.index, over["min"], over["max"], color=COLOURS[methods[value]], alpha=0.15, linewidth=0
+            )
+    left.set(xlabel="steps", ylabel=ACCURACY)
+    right.set(xlabel="steps", ylabel="evenness of target classes")
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     return fig

@@ -16,13 +16,17 @@ from ..experiments.parameters import Sweep, each_of, numbers
 # %% ../../nbs/tables/replacement_room.ipynb #82308c8d
 class ReplacementSweep(Sweep):
     "Parameters of Table 1."
+
     absent: ClassVar[tuple] = ("alpha", "k")
     norms: Annotated[list[str], each_of(("ln", "gn"), "a norm")] = ["ln", "gn"]
     fractions: Annotated[list[float], numbers(float, "fractions", 0, 1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
 
     @model_validator(mode="after")
     def _ends(self):
-        if {0.0, 0.25, 0.75, 1.0} - set(self.fractions): raise ValueError(f"fractions must hold 0, 0.25, 0.75 and 1, which the claims are about, and {self.fractions} do not")
+        if {0.0, 0.25, 0.75, 1.0} - set(self.fractions):
+            raise ValueError(
+                f"fractions must hold 0, 0.25, 0.75 and 1, which the claims are about, and {self.fractions} do not"
+            )
         return self
 
 # %% ../../nbs/tables/replacement_room.ipynb #85fb3650
@@ -32,6 +36,7 @@ def plot_replacement(records):
     for norm, part in records.groupby("replaced_by", sort=False):
         for ax, y in zip(axes, ("teacher_accuracy", "cs")):
             seed_line(ax, part.assign(percent=100 * part.fraction), "percent", y, COLOURS[norm], f"BN → {norm.upper()}")
-    for ax, title in zip(axes, ("teacher, RS mode (%)", ACCURACY)): ax.set(xlabel="BatchNorms replaced (%)", ylabel=title, xticks=range(0, 101, 25))
+    for ax, title in zip(axes, ("teacher, RS mode (%)", ACCURACY)):
+        ax.set(xlabel="BatchNorms replaced (%)", ylabel=title, xticks=range(0, 101, 25))
     axes[0].legend(fontsize="small")
     return fig

@@ -17,18 +17,29 @@ from ..samplers import list_samplers
 # %% ../../nbs/tables/sensitivity_room.ipynb #26794889
 class SensitivitySweep(Sweep):
     "Parameters of Figure 2."
+
     absent: ClassVar[tuple] = ("alpha", "k")
     batch_sizes: Annotated[list[int], numbers(int, "batch_sizes", 2)] = [32, 64, 128, 256, 512]
     taus: Annotated[list[float], numbers(float, "taus", 1e-6)] = [1.0, 2.0, 4.0, 8.0]
-    noises: Annotated[list[str], each_of([n for n in list_samplers() if n != "ddg"], "a noise")] = ["gaussian", "uniform", "perlin", "dead_leaves"]
+    noises: Annotated[list[str], each_of([n for n in list_samplers() if n != "ddg"], "a noise")] = [
+        "gaussian",
+        "uniform",
+        "perlin",
+        "dead_leaves",
+    ]
 
     @model_validator(mode="after")
     def _holds(self):
-        if self.batch_size not in self.batch_sizes: raise ValueError(f"batch_size must be one of batch_sizes {self.batch_sizes}, not {self.batch_size}")
-        if {1.0, 4.0, 8.0, self.tau} - set(self.taus): raise ValueError(f"taus must hold 1, 4 and 8, which the claims are about, and tau; {self.taus} do not")
-        if "gaussian" not in self.noises: raise ValueError("noises must hold gaussian, which the others are compared with")
+        if self.batch_size not in self.batch_sizes:
+            raise ValueError(f"batch_size must be one of batch_sizes {self.batch_sizes}, not {self.batch_size}")
+        if {1.0, 4.0, 8.0, self.tau} - set(self.taus):
+            raise ValueError(f"taus must hold 1, 4 and 8, which the claims are about, and tau; {self.taus} do not")
+        if "gaussian" not in self.noises:
+            raise ValueError("noises must hold gaussian, which the others are compared with")
         if (self.batch_size * self.steps) % (max(self.batch_sizes) * self.eval_every):
-            raise ValueError(f"batch_size × steps must be a multiple of the largest batch × eval_every, for a comparison at equal images, and {self.batch_size} × {self.steps} is not one of {max(self.batch_sizes)} × {self.eval_every}")
+            raise ValueError(
+                f"batch_size × steps must be a multiple of the largest batch × eval_every, for a comparison at equal images, and {self.batch_size} × {self.steps} is not one of {max(self.batch_sizes)} × {self.eval_every}"
+            )
         return self
 
 # %% ../../nbs/tables/sensitivity_room.ipynb #3570ac8b
@@ -42,11 +53,29 @@ def plot_sensitivity(records, equal):
     for ax, (name, title) in zip(axes, (("batch_size", "noise images a step"), ("tau", "temperature τ"))):
         seed_line(ax, panel(name), name, "cs", COLOURS["gaussian_cs"], "as many steps")
         ticks = sorted(panel(name)[name].unique())
-        ax.set_xscale("log", base=2); ax.set_xticks(ticks, [f"{t:g}" for t in ticks]); ax.set_xlabel(title)
-    seed_line(axes[0], equal, "batch_size", "accuracy_cs", COLOURS["gaussian_cs"], "as many images", linestyle="--", markerfacecolor="white")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.set_xlabel(title)
+    seed_line(
+        axes[0],
+        equal,
+        "batch_size",
+        "accuracy_cs",
+        COLOURS["gaussian_cs"],
+        "as many images",
+        linestyle="--",
+        markerfacecolor="white",
+    )
     axes[0].legend(fontsize="small")
     noises = list(panel("noise").noise.unique())
-    seed_line(axes[2], panel("noise").assign(place=lambda f: f.noise.map(noises.index)), "place", "cs", COLOURS["gaussian_cs"], linestyle="")
+    seed_line(
+        axes[2],
+        panel("noise").assign(place=lambda f: f.noise.map(noises.index)),
+        "place",
+        "cs",
+        COLOURS["gaussian_cs"],
+        linestyle="",
+    )
     axes[2].set(xlabel="noise", xlim=(-0.5, len(noises) - 0.5))
     axes[2].set_xticks(range(len(noises)), [n.replace("_", "\n") for n in noises], fontsize="small")
     axes[0].set_ylabel(ACCURACY)

@@ -20,6 +20,7 @@ from .contexts import ContextStudy
 # %% ../../nbs/tables/students_room.ipynb #ce5c6913
 class StudentSweep(DistillStudy, ContextStudy):
     "Parameters of Table 3: LayerNorm students of a BatchNorm teacher, with and without batch alignment, on noise in CS mode."
+
     absent: ClassVar[tuple] = ("alpha", "k")
     convnext: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "convnext"))] = "convnext_small"
     vit: Annotated[str, BeforeValidator(lambda v: one_of(v, list_models(), "vit"))] = "vit_tiny"
@@ -31,16 +32,36 @@ class StudentSweep(DistillStudy, ContextStudy):
     target_contexts: int = Field(10, ge=1)
     inputs: int = Field(2, ge=1)
 
-    def networks(self): return {self.teacher, self.convnext, self.vit}
+    def networks(self):
+        return {self.teacher, self.convnext, self.vit}
 
     def plan(self):
         "(labels, cell) of every student, slowest varying first: seed, student."
         cached = dict(pool_size=self.pool_size, target_contexts=self.target_contexts)
-        students = {"convnext_ln": (self.convnext, None, {}), "convnext_aligned": (self.convnext, "aligned", {}), "vit_ln": (self.vit, None, {}),
-                    "vit_aligned": (self.vit, "aligned", {}), "vit_cached": (self.vit, "aligned", cached)}
+        students = {
+            "convnext_ln": (self.convnext, None, {}),
+            "convnext_aligned": (self.convnext, "aligned", {}),
+            "vit_ln": (self.vit, None, {}),
+            "vit_aligned": (self.vit, "aligned", {}),
+            "vit_cached": (self.vit, "aligned", cached),
+        }
         rate = lambda network: self.lr if network == self.convnext else self.vit_lr
-        return [(dict(network=name), self.cell(seed, self.teacher, network, "bn", "gaussian_cs", student_norm=norm, options={"lr": rate(network), **options}))
-                for seed in self.seed_list() for name, (network, norm, options) in students.items()]
+        return [
+            (
+                dict(network=name),
+                self.cell(
+                    seed,
+                    self.teacher,
+                    network,
+                    "bn",
+                    "gaussian_cs",
+                    student_norm=norm,
+                    options={"lr": rate(network), **options},
+                ),
+            )
+            for seed in self.seed_list()
+            for name, (network, norm, options) in students.items()
+        ]
 
 # %% ../../nbs/tables/students_room.ipynb #b71f048b
 def plot_students(records, titles, coupled, chance, fluctuations):
@@ -51,21 +72,41 @@ def plot_students(records, titles, coupled, chance, fluctuations):
     student's)}, each (N,), a panel each.
     """
     use_style()
-    fig, axes = plt.subplots(1, 1 + len(fluctuations), figsize=(4.4 + 1.9 * len(fluctuations), 2.6), width_ratios=[2.1, *[1] * len(fluctuations)])
+    fig, axes = plt.subplots(
+        1,
+        1 + len(fluctuations),
+        figsize=(4.4 + 1.9 * len(fluctuations), 2.6),
+        width_ratios=[2.1, *[1] * len(fluctuations)],
+    )
     left, clouds = axes[0], axes[1:]
     for i, network in enumerate(titles):
         part = records[records.network == network]
         left.barh(i, part.cs.mean(), height=0.7, color=COLOURS["cs" if network in coupled else "rs"])
         left.plot(part.cs, [i] * len(part), "o", color="black", markersize=2.5, alpha=0.6)
-    left.axvline(records.teacher_accuracy.mean(), color="black", linewidth=1); left.axvline(chance, color="black", linestyle=":", linewidth=0.8)
-    left.set_yticks(range(len(titles)), titles.values()); left.invert_yaxis(); left.grid(axis="y", visible=False)
+    left.axvline(records.teacher_accuracy.mean(), color="black", linewidth=1)
+    left.axvline(chance, color="black", linestyle=":", linewidth=0.8)
+    left.set_yticks(range(len(titles)), titles.values())
+    left.invert_yaxis()
+    left.grid(axis="y", visible=False)
     left.set(xlim=(0, 102), xlabel="student accuracy (%)")
     for ax, (title, (teacher, student)) in zip(clouds, fluctuations.items()):
         ax.plot(teacher, student, ".", color=COLOURS["cs"], markersize=2, alpha=0.4, rasterized=True)
-        ax.set_title(title, fontsize="small"); ax.set_xlabel("teacher's logit change", fontsize="small"); ax.sharey(clouds[0])
-        ax.axhline(0, color="black", linewidth=0.5); ax.axvline(0, color="black", linewidth=0.5)
-    for ax in clouds[:1]: ax.set_ylabel("student's logit change", fontsize="small")
-    box, line = (lambda kind: plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind])), (lambda **kw: plt.Line2D([], [], color="black", **kw))
-    fig.legend([box("rs"), box("cs"), line(linewidth=1), line(linestyle=":", linewidth=0.8)],
-               ["answers one image at a time", "answers depend on the batch", "teacher", "chance"], loc="outside lower center", ncols=4, fontsize="small")
+        ax.set_title(title, fontsize="small")
+        ax.set_xlabel("teacher's logit change", fontsize="small")
+        ax.sharey(clouds[0])
+        ax.axhline(0, color="black", linewidth=0.5)
+        ax.axvline(0, color="black", linewidth=0.5)
+    for ax in clouds[:1]:
+        ax.set_ylabel("student's logit change", fontsize="small")
+    box, line = (
+        (lambda kind: plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind])),
+        (lambda **kw: plt.Line2D([], [], color="black", **kw)),
+    )
+    fig.legend(
+        [box("rs"), box("cs"), line(linewidth=1), line(linestyle=":", linewidth=0.8)],
+        ["answers one image at a time", "answers depend on the batch", "teacher", "chance"],
+        loc="outside lower center",
+        ncols=4,
+        fontsize="small",
+    )
     return fig

@@ -26,13 +26,37 @@ from ..norms import bn_mode
 from ..samplers import create_sampler
 from .attention import AttentionParameters
 from ..teachers import teacher_recipe, train_teacher
-from ..theory.attention import attention_layers, materialised_attention, prefix_tokens, query_key_weights, row_statistics
-from ..theory.laws import HANSON_WRIGHT, check_lemma_71, check_lemma_b1, check_proposition_51, check_shift, check_shift_layers, check_theorem_72, check_weight_bounds, context_probabilities, error_share, irreducible_error, random_head, score_law, self_bias, simulate_rows, tail_bound
+from nskd.theory.attention import (
+    attention_layers,
+    materialised_attention,
+    prefix_tokens,
+    query_key_weights,
+    row_statistics,
+)
+from nskd.theory.laws import (
+    HANSON_WRIGHT,
+    check_lemma_71,
+    check_lemma_b1,
+    check_proposition_51,
+    check_shift,
+    check_shift_layers,
+    check_theorem_72,
+    check_weight_bounds,
+    context_probabilities,
+    error_share,
+    irreducible_error,
+    random_head,
+    score_law,
+    self_bias,
+    simulate_rows,
+    tail_bound,
+)
 
 # %% ../../nbs/tables/theory_room.ipynb #b9fa5b28
 class TheoryParameters(RunParameters):
     "Parameters of the theory notebook; its own comments say what each is."
-    narrow: ClassVar[dict] = AttentionParameters.narrow        # the networks of Tables 8 and 9
+
+    narrow: ClassVar[dict] = AttentionParameters.narrow  # the networks of Tables 8 and 9
     model: str = "vit_tiny"
     bn_model: str = "wrn16"
     dataset: str = "digits"
@@ -47,10 +71,13 @@ class TheoryParameters(RunParameters):
     contexts: int = Field(64, ge=4)
     batch_size: int = Field(64, ge=2)
 
-    def networks(self): return {self.model, self.bn_model}
+    def networks(self):
+        return {self.model, self.bn_model}
+
 
 class TheoryJob(Config):
     "One seed of the theory notebook."
+
     seed: int
     p: TheoryParameters
 
@@ -62,17 +89,38 @@ def head_checks(w_q, w_k, p, generator):
     rows = simulate_rows(w_q, w_k, p.tokens, p.draws, p.sigma, generator=generator)
     t, bounds, bias = check_theorem_72(rows, p.delta, p.constant), check_weight_bounds(rows.scores), self_bias(w_q, w_k)
     other, own = check_lemma_b1(rows.scores[:, 1:]), check_lemma_b1(rows.scores)
-    return {"p_moments": min(lemma[f"p_{k}"] for k in ("mean", "variance", "self_mean")), "p_conditional": lemma["p_conditional_law"], "kurtosis": lemma["kurtosis"],
-            "p_b1_others": other["p"], "p_b1_row": own["p"], "self_weight": own["self_weight"], "weight_bounds": bounds["holds"], "informative": bounds["informative"],
-            "a1_rate": t["a1"]["rate"], "kappa": t["a1"]["kappa_median"], "a2": t["a2"]["holds"], "a2_largest_constant": t["a2"]["largest_constant"],
-            "coverage": t["coverage"]["rate"], "coverage_high": t["coverage"]["high"], "coverage_kappa": t["coverage_kappa"]["rate"], "coverage_kappa_high": t["coverage_kappa"]["high"],
-            "spread": t["spread"], "bound": t["bound"], "tightness": t["tightness"], "tightness_kappa": t["tightness_kappa"], "in_sigma": abs(bias["in_sigma"]), "remark": bias["remark"]}
+    return {
+        "p_moments": min(lemma[f"p_{k}"] for k in ("mean", "variance", "self_mean")),
+        "p_conditional": lemma["p_conditional_law"],
+        "kurtosis": lemma["kurtosis"],
+        "p_b1_others": other["p"],
+        "p_b1_row": own["p"],
+        "self_weight": own["self_weight"],
+        "weight_bounds": bounds["holds"],
+        "informative": bounds["informative"],
+        "a1_rate": t["a1"]["rate"],
+        "kappa": t["a1"]["kappa_median"],
+        "a2": t["a2"]["holds"],
+        "a2_largest_constant": t["a2"]["largest_constant"],
+        "coverage": t["coverage"]["rate"],
+        "coverage_high": t["coverage"]["high"],
+        "coverage_kappa": t["coverage_kappa"]["rate"],
+        "coverage_kappa_high": t["coverage_kappa"]["high"],
+        "spread": t["spread"],
+        "bound": t["bound"],
+        "tightness": t["tightness"],
+        "tightness_kappa": t["tightness_kappa"],
+        "in_sigma": abs(bias["in_sigma"]),
+        "remark": bias["remark"],
+    }
+
 
 @torch.no_grad()
 def network_bound(net, x, delta=0.05):
     "Measured Δ of every head of `net` on `x` (B, C, H, W) against Theorem 7.2's bound: a list of dicts, one a head."
     found, heads = [], {(h["block"], h["head"]): h for h in query_key_weights(net)}
     names, prefix = [n for n, _ in attention_layers(net)], prefix_tokens(net)
+
     def see(s):
         block, n = names.index(s.name), s.scores.shape[-1] - prefix
         sigma = s.inputs[:, prefix:].double().square().mean().sqrt().item()
@@ -80,10 +128,21 @@ def network_bound(net, x, delta=0.05):
         for head in range(spread.shape[1]):
             w = heads[block, head]
             bound = 2 * tail_bound(score_law(w["w_q"], w["w_k"], sigma), n, delta)
-            found.append({"block": block, "head": head, "network_coverage": (spread[:, head] <= bound).float().mean().item(), "network_spread": spread[:, head].mean().item(),
-                          "network_bound": bound, "network_log_keys": math.log(n)})
-    with bn_mode(net, "rs"), materialised_attention(net, see): net(x)
+            found.append(
+                {
+                    "block": block,
+                    "head": head,
+                    "network_coverage": (spread[:, head] <= bound).float().mean().item(),
+                    "network_spread": spread[:, head].mean().item(),
+                    "network_bound": bound,
+                    "network_log_keys": math.log(n),
+                }
+            )
+
+    with bn_mode(net, "rs"), materialised_attention(net, see):
+        net(x)
     return found
+
 
 def selfless_head(d_k, dim, generator=None):
     "A random head with A = −Aᵀ: (w_q, w_k), (d_k, dim) each, d_k even. Its self-scores are exactly zero, so (A2) holds."
@@ -94,10 +153,22 @@ def selfless_head(d_k, dim, generator=None):
 # %% ../../nbs/tables/theory_room.ipynb #baf00630
 def _train(name, ds, p, seed, norm=None, left=lambda: None):
     recipe = teacher_recipe(ds, name)
-    if p.teacher_epochs: recipe = recipe.replace(epochs=p.teacher_epochs)
+    if p.teacher_epochs:
+        recipe = recipe.replace(epochs=p.teacher_epochs)
     width = p.width_of(name)
     untrained = create_model(name, ds.num_classes, ds.channels, ds.image_size, norm=norm, width=width, seed=seed).eval()
-    return untrained, train_teacher(name, ds, norm=norm, width=width, seed=seed, recipe=recipe, device=p.device, progress=False, budget_seconds=left()).cpu()
+    return untrained, train_teacher(
+        name,
+        ds,
+        norm=norm,
+        width=width,
+        seed=seed,
+        recipe=recipe,
+        device=p.device,
+        progress=False,
+        budget_seconds=left(),
+    ).cpu()
+
 
 def measure_theory(job, budget_seconds=None):
     """All measurements of one seed, or their record from the cache: a JSON-like dict with `heads`, `shift`, `proposition`, `conditional`.
@@ -109,7 +180,12 @@ def measure_theory(job, budget_seconds=None):
     attention_layers(create_model(p.model, ds.num_classes, ds.channels, ds.image_size, width=p.width_of(p.model)))
     untrained, vit = _train(p.model, ds, p, job.seed, left=left)
     _, cnn = _train(p.bn_model, ds, p, job.seed, "bn", left)
-    config = {"vit": vit.record["key"], "cnn": cnn.record["key"], "p": p.model_dump(exclude={"seeds", "device", "workers", "budget_seconds"}), "seed": job.seed}
+    config = {
+        "vit": vit.record["key"],
+        "cnn": cnn.record["key"],
+        "p": p.model_dump(exclude={"seeds", "device", "workers", "budget_seconds"}),
+        "seed": job.seed,
+    }
 
     def make(directory):
         g = torch.Generator().manual_seed(job.seed)
@@ -117,30 +193,69 @@ def measure_theory(job, budget_seconds=None):
         heads = []
         for weights, net in (("untrained", untrained), ("trained", vit)):
             measured = {(m["block"], m["head"]): m for m in network_bound(net, x, p.delta)}
-            heads += [{"weights": weights, "block": h["block"], "head": h["head"], **head_checks(h["w_q"], h["w_k"], p, g), **measured[h["block"], h["head"]]}
-                      for h in query_key_weights(net)]
-        conditional = check_theorem_72(simulate_rows(*selfless_head(16, 48, g), n=3, draws=2 * p.draws, sigma=p.sigma, generator=g), p.delta, p.constant)
-        return {"heads": heads, "conditional": conditional, "shift": _shift(cnn, x, g), "proposition": _proposition(cnn, ds, p, job.seed, g)}
+            heads += [
+                {
+                    "weights": weights,
+                    "block": h["block"],
+                    "head": h["head"],
+                    **head_checks(h["w_q"], h["w_k"], p, g),
+                    **measured[h["block"], h["head"]],
+                }
+                for h in query_key_weights(net)
+            ]
+        conditional = check_theorem_72(
+            simulate_rows(*selfless_head(16, 48, g), n=3, draws=2 * p.draws, sigma=p.sigma, generator=g),
+            p.delta,
+            p.constant,
+        )
+        return {
+            "heads": heads,
+            "conditional": conditional,
+            "shift": _shift(cnn, x, g),
+            "proposition": _proposition(cnn, ds, p, job.seed, g),
+        }
 
     record = cached("theory_runs", config, make, label=f"{p.model}-{ds.name}-{job.seed}")
-    return {**record, "accuracy": {"vit": vit.record["accuracy"]["rs"], "cnn": cnn.record["accuracy"]["rs"]},
-            "seconds": vit.record["seconds"] + cnn.record["seconds"]}
+    return {
+        **record,
+        "accuracy": {"vit": vit.record["accuracy"]["rs"], "cnn": cnn.record["accuracy"]["rs"]},
+        "seconds": vit.record["seconds"] + cnn.record["seconds"],
+    }
+
 
 def _shift(cnn, x, g):
-    laws = {"gaussian": (lambda s, g: torch.randn(s, generator=g) * 2 + 1, 1, 4), "uniform": (lambda s, g: torch.rand(s, generator=g), 0.5, 1 / 12),
-            "exponential": (lambda s, g: torch.empty(s).exponential_(generator=g), 1, 1), "quiet": (lambda s, g: torch.randn(s, generator=g) * 1e-3, 0, 1e-6)}
-    return {"layers": check_shift_layers(cnn, x), **{k: check_shift(draw, mean, var, 0.3, 2.0, generator=g) for k, (draw, mean, var) in laws.items()}}
+    laws = {
+        "gaussian": (lambda s, g: torch.randn(s, generator=g) * 2 + 1, 1, 4),
+        "uniform": (lambda s, g: torch.rand(s, generator=g), 0.5, 1 / 12),
+        "exponential": (lambda s, g: torch.empty(s).exponential_(generator=g), 1, 1),
+        "quiet": (lambda s, g: torch.randn(s, generator=g) * 1e-3, 0, 1e-6),
+    }
+    return {
+        "layers": check_shift_layers(cnn, x),
+        **{k: check_shift(draw, mean, var, 0.3, 2.0, generator=g) for k, (draw, mean, var) in laws.items()},
+    }
+
 
 def _proposition(cnn, ds, p, seed, g):
     draw = create_sampler("gaussian", ds.shape)
     fixed = draw(p.inputs, generator=g)
     ask = lambda net, mode: context_probabilities(net, fixed, draw, p.contexts, p.batch_size, mode, generator=g)
     probs = ask(cnn, "cs")
-    ln = create_model(p.bn_model, ds.num_classes, ds.channels, ds.image_size, norm="ln", width=p.width_of(p.bn_model), seed=seed).eval()
+    ln = create_model(
+        p.bn_model, ds.num_classes, ds.channels, ds.image_size, norm="ln", width=p.width_of(p.bn_model), seed=seed
+    ).eval()
     raw = torch.rand(5, 4, generator=g, dtype=torch.float64).pow(3)
-    finite = check_proposition_51(raw / raw.sum(1, keepdim=True), torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), generator=g)
-    return {"finite": finite, "network": [check_proposition_51(q, generator=g) for q in probs], "share": error_share(probs),
-            "rs": irreducible_error(ask(cnn, "rs")).max().item(), "ln": irreducible_error(ask(ln, "cs")).max().item()}
+    finite = check_proposition_51(
+        raw / raw.sum(1, keepdim=True), torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), generator=g
+    )
+    return {
+        "finite": finite,
+        "network": [check_proposition_51(q, generator=g) for q in probs],
+        "share": error_share(probs),
+        "rs": irreducible_error(ask(cnn, "rs")).max().item(),
+        "ln": irreducible_error(ask(ln, "cs")).max().item(),
+    }
+
 
 def run_theory(p):
     "Every seed of `p` that its budget has time for: (a DataFrame with one row a head, the seeds' records)."
@@ -149,22 +264,38 @@ def run_theory(p):
     done = run_within(p.budget, measure_theory, jobs, p.workers, p.device, desc="seeds")
     note_unfinished(p.budget, [(f"{p.model} and {p.bn_model}, seed {j.seed}", r) for j, r in zip(jobs, done)])
     jobs, done = zip(*found) if (found := [(j, r) for j, r in zip(jobs, done) if isinstance(r, dict)]) else ((), ())
-    heads = [{"seed": j.seed, **h, "seconds": r["seconds"], "directory": r["directory"], "cached": r["cached"]} for j, r in zip(jobs, done) for h in r["heads"]]
+    heads = [
+        {"seed": j.seed, **h, "seconds": r["seconds"], "directory": r["directory"], "cached": r["cached"]}
+        for j, r in zip(jobs, done)
+        for h in r["heads"]
+    ]
     return pd.DataFrame(heads), [{"seed": j.seed, **r} for j, r in zip(jobs, done)]
 
 # %% ../../nbs/tables/theory_room.ipynb #cfa2c941
-_TABLE = {   # column: (what it is, what the paper says or assumes)
-    "a1_rate": ("share of draws in which (A1) holds", "assumed: 1, \"mild\""), "kappa": ("κ, median over draws", "≤ 1 in the regular regime"),
-    "a2": ("(A2) holds at C = {constant:g}", "assumed"), "a2_largest_constant": ("largest C at which (A2) would hold", "\"universal\", not given"),
-    "coverage": ("P(Δ ≤ bound), conditions or not", "≥ {cover:g}"), "coverage_kappa": ("P(max |s_it| ≤ κ bound), t ≠ i", "≥ {cover:g}"),
-    "tightness": ("Δ / bound, median", ""), "spread": ("Δ, mean", ""), "bound": ("bound on Δ", "Eq. 6"), "informative": ("share of rows with e^Δ < N", ""),
-    "self_weight": ("N · E[a_ii]", "1 (Lemma B.1, if it applied)"), "in_sigma": ("|μ_self| / σ_s", "\"negligible\" if ≪ √d_k"), "remark": ("the same, over √d_k", "≪ 1"),
-    "network_coverage": ("measured on noise images: P(Δ ≤ bound)", "≥ {cover:g}"), "network_spread": ("measured on noise images: Δ", "≈ 8.0 (ViT-S)")}
+_TABLE = {  # column: (what it is, what the paper says or assumes)
+    "a1_rate": ("share of draws in which (A1) holds", 'assumed: 1, "mild"'),
+    "kappa": ("κ, median over draws", "≤ 1 in the regular regime"),
+    "a2": ("(A2) holds at C = {constant:g}", "assumed"),
+    "a2_largest_constant": ("largest C at which (A2) would hold", '"universal", not given'),
+    "coverage": ("P(Δ ≤ bound), conditions or not", "≥ {cover:g}"),
+    "coverage_kappa": ("P(max |s_it| ≤ κ bound), t ≠ i", "≥ {cover:g}"),
+    "tightness": ("Δ / bound, median", ""),
+    "spread": ("Δ, mean", ""),
+    "bound": ("bound on Δ", "Eq. 6"),
+    "informative": ("share of rows with e^Δ < N", ""),
+    "self_weight": ("N · E[a_ii]", "1 (Lemma B.1, if it applied)"),
+    "in_sigma": ("|μ_self| / σ_s", '"negligible" if ≪ √d_k'),
+    "remark": ("the same, over √d_k", "≪ 1"),
+    "network_coverage": ("measured on noise images: P(Δ ≤ bound)", "≥ {cover:g}"),
+    "network_spread": ("measured on noise images: Δ", "≈ 8.0 (ViT-S)"),
+}
+
 
 def theory_table(heads, p):
     "The measured conditions, coverage and tightness, untrained and trained, beside what the paper says."
     rows = []
-    if heads.empty: return pd.DataFrame(columns=["quantity", "paper"])
+    if heads.empty:
+        return pd.DataFrame(columns=["quantity", "paper"])
     for column, (what, paper) in _TABLE.items():
         row = {"quantity": what.format(constant=p.constant)}
         for weights, part in heads.groupby("weights", sort=False):
@@ -179,78 +310,225 @@ def plot_theory(heads, p):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
     from nskd.engine.style import COLOURS, use_style
-    if heads.empty: return None
+
+    if heads.empty:
+        return None
     use_style()
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.9))
     for weights, shift in (("untrained", -0.15), ("trained", 0.15)):
         part = heads[heads.weights == weights]
-        left.plot(part.block + shift, part.kappa, "o", color=COLOURS[weights], markersize=2.5, alpha=0.6, label=weights, markeredgewidth=0)
+        left.plot(
+            part.block + shift,
+            part.kappa,
+            "o",
+            color=COLOURS[weights],
+            markersize=2.5,
+            alpha=0.6,
+            label=weights,
+            markeredgewidth=0,
+        )
     left.axhline(1, color="black", linestyle=":", linewidth=1, label="(A1): at most 1")
-    left.set(yscale="log", xlabel="block", ylabel="κ, a dot a head", title=f"(A1) on average kept by {(heads.kappa <= 1).mean():.0%} of heads")
+    left.set(
+        yscale="log",
+        xlabel="block",
+        ylabel="κ, a dot a head",
+        title=f"(A1) on average kept by {(heads.kappa <= 1).mean():.0%} of heads",
+    )
     from matplotlib.ticker import ScalarFormatter, NullFormatter
-    left.set_yticks([1, 2, 5, 10]); left.yaxis.set_major_formatter(ScalarFormatter()); left.yaxis.set_minor_formatter(NullFormatter())
+
+    left.set_yticks([1, 2, 5, 10])
+    left.yaxis.set_major_formatter(ScalarFormatter())
+    left.yaxis.set_minor_formatter(NullFormatter())
     blocks = heads[heads.weights == "trained"].groupby("block")
-    for column, colour, label in (("bound", "black", "bound (Eq. 6)"), ("spread", COLOURS["trained"], "Δ, Gaussian tokens"), ("network_spread", COLOURS["noise"], "Δ, the ViT on noise")):
+    for column, colour, label in (
+        ("bound", "black", "bound (Eq. 6)"),
+        ("spread", COLOURS["trained"], "Δ, Gaussian tokens"),
+        ("network_spread", COLOURS["noise"], "Δ, the ViT on noise"),
+    ):
         right.plot(blocks[column].mean(), "o-", color=colour, markersize=3, label=label)
     right.axhline(math.log(p.tokens), color="black", linestyle=":", linewidth=1, label="log N: above it e^Δ/N > 1")
     right.set(xlabel="block", ylabel="score spread Δ", title="Trained weights", ylim=(0, None))
-    for ax in (left, right): ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.legend(fontsize="x-small", frameon=True, framealpha=0.9)
+    for ax in (left, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend(fontsize="x-small", frameon=True, framealpha=0.9)
     return fig
 
 # %% ../../nbs/tables/theory_room.ipynb #e543eddc
 def theory_claims(heads, seeds, p):
     "The claims of sections 3.1, 5.2 and 7.1 and Appendix B, judged on `run_theory`'s results: a list of claims."
-    if heads.empty: return []
+    if heads.empty:
+        return []
     return _score_claims(heads) + _theorem_claims(heads, seeds, p) + _shift_claims(seeds) + _proposition_claims(seeds)
 
-def _adder(found): return lambda id, statement, source, verdict, evidence: found.append(claim(f"theory.{id}", statement, f"NormShift-KD, {source}", verdict, evidence))
 
-def _all_heads(pvalues): return bool((pvalues.min() * len(pvalues)) > 0.01), {"smallest_p": pvalues.min(), "tests": len(pvalues), "rejected": int((pvalues * len(pvalues) < 0.01).sum())}
+def _adder(found):
+    return lambda id, statement, source, verdict, evidence: found.append(
+        claim(f"theory.{id}", statement, f"NormShift-KD, {source}", verdict, evidence)
+    )
+
+
+def _all_heads(pvalues):
+    return bool((pvalues.min() * len(pvalues)) > 0.01), {
+        "smallest_p": pvalues.min(),
+        "tests": len(pvalues),
+        "rejected": int((pvalues * len(pvalues) < 0.01).sum()),
+    }
+
 
 def _score_claims(heads):
     found = []
     add = _adder(found)
-    add("lemma-7.1-moments", "E[s_ij] = 0, Var(s_ij) = σ_s² and E[s_ii] = μ_self, for every head", "Lemma 7.1", *_all_heads(heads.p_moments))
-    add("lemma-7.1-conditional", "Given its key a score is Gaussian with variance σ²‖Ax_j‖²/d_k, for every head", "Lemma 7.1", *_all_heads(heads.p_conditional))
-    add("lemma-b1", "Exchangeable scores give a mean weight of 1/N: true of the keys other than the query itself", "Lemma B.1", *_all_heads(heads.p_b1_others))
-    add("lemma-b1-applies", "The whole row, the query's own key among it, has mean weights 1/N", "Lemma B.1 as section 7.1 uses it", *_all_heads(heads.p_b1_row))
-    add("weight-bounds", "e^{−Δ}/N ≤ a_ij ≤ e^{Δ}/N in every row", "Theorem 7.2", bool(heads.weight_bounds.all()), {"heads": len(heads)})
+    add(
+        "lemma-7.1-moments",
+        "E[s_ij] = 0, Var(s_ij) = σ_s² and E[s_ii] = μ_self, for every head",
+        "Lemma 7.1",
+        *_all_heads(heads.p_moments),
+    )
+    add(
+        "lemma-7.1-conditional",
+        "Given its key a score is Gaussian with variance σ²‖Ax_j‖²/d_k, for every head",
+        "Lemma 7.1",
+        *_all_heads(heads.p_conditional),
+    )
+    add(
+        "lemma-b1",
+        "Exchangeable scores give a mean weight of 1/N: true of the keys other than the query itself",
+        "Lemma B.1",
+        *_all_heads(heads.p_b1_others),
+    )
+    add(
+        "lemma-b1-applies",
+        "The whole row, the query's own key among it, has mean weights 1/N",
+        "Lemma B.1 as section 7.1 uses it",
+        *_all_heads(heads.p_b1_row),
+    )
+    add(
+        "weight-bounds",
+        "e^{−Δ}/N ≤ a_ij ≤ e^{Δ}/N in every row",
+        "Theorem 7.2",
+        bool(heads.weight_bounds.all()),
+        {"heads": len(heads)},
+    )
     # W_K = W_Q in 9 of 1,024 directions, nothing in the others
     one = self_bias(torch.eye(1024), torch.cat([torch.eye(9, 1024), torch.zeros(1015, 1024)]))
-    add("remark-b2", "|tr A|/‖A‖_F far below √d_k makes the self-score negligible, whatever A (d_k = 1,024, W_K equal to W_Q in 9 directions, else 0)", "Remark B.2",
-        one["negligible"], {"ratio_to_root_of_d_k": one["remark"], "self_score_in_sigma": one["in_sigma"]})
-    add("remark-b2-heads", "In the ViT's heads the mean self-score is below half of the deviation of the other scores", "ours, on Remark B.2",
-        bool((heads.in_sigma < 0.5).all()), {"heads": len(heads), "largest_self_score_in_sigma": heads.in_sigma.max()})
+    add(
+        "remark-b2",
+        "|tr A|/‖A‖_F far below √d_k makes the self-score negligible, whatever A (d_k = 1,024, W_K equal to W_Q in 9 directions, else 0)",
+        "Remark B.2",
+        one["negligible"],
+        {"ratio_to_root_of_d_k": one["remark"], "self_score_in_sigma": one["in_sigma"]},
+    )
+    add(
+        "remark-b2-heads",
+        "In the ViT's heads the mean self-score is below half of the deviation of the other scores",
+        "ours, on Remark B.2",
+        bool((heads.in_sigma < 0.5).all()),
+        {"heads": len(heads), "largest_self_score_in_sigma": heads.in_sigma.max()},
+    )
     return found
+
 
 def _theorem_claims(heads, seeds, p):
     found = []
     add = _adder(found)
     per_seed = lambda weights, column, how: heads[heads.weights == weights].groupby("seed")[column].agg(how)
     for w in heads.weights.unique():
-        add(f"a1-holds-{w}", f"Condition (A1) is mild: it holds in at least {1 - p.delta:g} of all draws ({w} weights)", "Appendix B.2", *judge(per_seed(w, "a1_rate", "mean"), above=1 - p.delta))
-        add(f"a2-holds-{w}", f"Condition (A2) holds at the proven constant C = {p.constant:g} for more than half of the heads ({w})", "Appendix B.2", *judge(heads[heads.weights == w].assign(a2=lambda h: h.a2.astype(float)).groupby("seed").a2.mean(), above=0.5))
-        add(f"bound-without-conditions-{w}", f"The bound on Δ covers {1 - p.delta:g} of all draws although its conditions fail, at the worst head ({w})", "Theorem 7.2", *judge(per_seed(w, "coverage", "min"), above=1 - p.delta))
+        add(
+            f"a1-holds-{w}",
+            f"Condition (A1) is mild: it holds in at least {1 - p.delta:g} of all draws ({w} weights)",
+            "Appendix B.2",
+            *judge(per_seed(w, "a1_rate", "mean"), above=1 - p.delta),
+        )
+        add(
+            f"a2-holds-{w}",
+            f"Condition (A2) holds at the proven constant C = {p.constant:g} for more than half of the heads ({w})",
+            "Appendix B.2",
+            *judge(
+                heads[heads.weights == w].assign(a2=lambda h: h.a2.astype(float)).groupby("seed").a2.mean(), above=0.5
+            ),
+        )
+        add(
+            f"bound-without-conditions-{w}",
+            f"The bound on Δ covers {1 - p.delta:g} of all draws although its conditions fail, at the worst head ({w})",
+            "Theorem 7.2",
+            *judge(per_seed(w, "coverage", "min"), above=1 - p.delta),
+        )
         k = heads[heads.weights == w]
-        add(f"kappa-variant-{w}", f"The κ variant covers {1 - p.delta:g} of all draws at every head ({w})", "Appendix B.2, unconditional variant", bool((k.coverage_kappa_high >= 1 - p.delta).all()), {"smallest_coverage": k.coverage_kappa.min(), "heads": len(k)})
-        add(f"bound-informative-{w}", f"Under Gaussian tokens Δ is small enough for e^Δ/N to bound a weight below 1 in most rows ({w})", "Theorem 7.2", *judge(per_seed(w, "informative", "mean"), above=0.5))
-        add(f"bound-covers-network-{w}", f"On noise images the network's own Δ keeps the bound in {1 - p.delta:g} of its rows ({w})", "Section 7.1", *judge(per_seed(w, "network_coverage", "mean"), above=1 - p.delta))
+        add(
+            f"kappa-variant-{w}",
+            f"The κ variant covers {1 - p.delta:g} of all draws at every head ({w})",
+            "Appendix B.2, unconditional variant",
+            bool((k.coverage_kappa_high >= 1 - p.delta).all()),
+            {"smallest_coverage": k.coverage_kappa.min(), "heads": len(k)},
+        )
+        add(
+            f"bound-informative-{w}",
+            f"Under Gaussian tokens Δ is small enough for e^Δ/N to bound a weight below 1 in most rows ({w})",
+            "Theorem 7.2",
+            *judge(per_seed(w, "informative", "mean"), above=0.5),
+        )
+        add(
+            f"bound-covers-network-{w}",
+            f"On noise images the network's own Δ keeps the bound in {1 - p.delta:g} of its rows ({w})",
+            "Section 7.1",
+            *judge(per_seed(w, "network_coverage", "mean"), above=1 - p.delta),
+        )
     given = [s["conditional"]["coverage_given_conditions"] for s in seeds]
-    add("theorem-7.2", "Where (A1) and (A2) do hold (three tokens, A = −Aᵀ), Δ keeps its bound with probability at least 1 − δ", "Theorem 7.2",
+    add(
+        "theorem-7.2",
+        "Where (A1) and (A2) do hold (three tokens, A = −Aᵀ), Δ keeps its bound with probability at least 1 − δ",
+        "Theorem 7.2",
         None if not sum(g["of"] for g in given) else all(g["of"] == 0 or g["high"] >= 1 - p.delta for g in given),
-        {"draws_with_conditions": sum(g["of"] for g in given), "smallest_coverage": min((g["rate"] for g in given if g["of"]), default=None)})
+        {
+            "draws_with_conditions": sum(g["of"] for g in given),
+            "smallest_coverage": min((g["rate"] for g in given if g["of"]), default=None),
+        },
+    )
     return found
+
 
 def _shift_claims(seeds):
     found, kinds = [], ("gaussian", "uniform", "exponential")
     add, source = _adder(found), "section 3.1"
     ps = pd.Series([s["shift"][k]["p_rs"] for s in seeds for k in kinds])
-    add("shift-rs", "RS mode maps moments (μ*, σ*²) to (μ* − μ0)/√(σ0² + ε) and σ*²/(σ0² + ε), whatever the law", source, *_all_heads(ps))
-    add("shift-layers", "Both formulas describe every BatchNorm of a trained network on noise", source, all(s["shift"]["layers"]["holds"] for s in seeds), {"largest_error": max(s["shift"]["layers"]["error"] for s in seeds), "layers": seeds[0]["shift"]["layers"]["layers"]})
-    add("shift-cs", "CS mode gives mean 0 and variance 1 for Gaussian, uniform and exponential activations", source, all(s["shift"][k]["holds_cs"] for s in seeds for k in kinds), {"largest_deviation": max(abs(s["shift"][k]["cs_var"] - 1) for s in seeds for k in kinds)})
-    add("shift-cs-any-input", "… and regardless of the input distribution: also for activations of variance 1e-6, below ε", source, all(s["shift"]["quiet"]["holds_cs"] for s in seeds), {"variance": float(np.mean([s["shift"]["quiet"]["cs_var"] for s in seeds]))})
-    add("shift-on-noise", "On noise a trained network's RS-mode activations are mis-scaled: their variance after normalisation is not 1 (|log₂|, median layer)", source, *judge([abs(math.log2(s["shift"]["layers"]["scale"])) for s in seeds], above=0.1))
+    add(
+        "shift-rs",
+        "RS mode maps moments (μ*, σ*²) to (μ* − μ0)/√(σ0² + ε) and σ*²/(σ0² + ε), whatever the law",
+        source,
+        *_all_heads(ps),
+    )
+    add(
+        "shift-layers",
+        "Both formulas describe every BatchNorm of a trained network on noise",
+        source,
+        all(s["shift"]["layers"]["holds"] for s in seeds),
+        {
+            "largest_error": max(s["shift"]["layers"]["error"] for s in seeds),
+            "layers": seeds[0]["shift"]["layers"]["layers"],
+        },
+    )
+    add(
+        "shift-cs",
+        "CS mode gives mean 0 and variance 1 for Gaussian, uniform and exponential activations",
+        source,
+        all(s["shift"][k]["holds_cs"] for s in seeds for k in kinds),
+        {"largest_deviation": max(abs(s["shift"][k]["cs_var"] - 1) for s in seeds for k in kinds)},
+    )
+    add(
+        "shift-cs-any-input",
+        "… and regardless of the input distribution: also for activations of variance 1e-6, below ε",
+        source,
+        all(s["shift"]["quiet"]["holds_cs"] for s in seeds),
+        {"variance": float(np.mean([s["shift"]["quiet"]["cs_var"] for s in seeds]))},
+    )
+    add(
+        "shift-on-noise",
+        "On noise a trained network's RS-mode activations are mis-scaled: their variance after normalisation is not 1 (|log₂|, median layer)",
+        source,
+        *judge([abs(math.log2(s["shift"]["layers"]["scale"])) for s in seeds], above=0.1),
+    )
     return found
+
 
 def _proposition_claims(seeds):
     found = []
@@ -258,9 +536,37 @@ def _proposition_claims(seeds):
     props = [s["proposition"] for s in seeds]
     checks = {"finite": [q["finite"] for q in props], "network": [c for q in props for c in q["network"]]}
     gap = lambda cs: max(abs(c["optimised"] - c["closed_form"]) for c in cs)
-    add("prop-5.1-finite", "On a finite example formula, optimiser and Monte Carlo agree on the irreducible error", source, all(c["holds"] for c in checks["finite"]), {"largest_gap": gap(checks["finite"])})
-    add("prop-5.1-network", "So they do for a BN teacher in CS mode, a fixed input in many contexts", source, all(c["holds"] for c in checks["network"]), {"largest_gap": gap(checks["network"])})
-    add("prop-5.1-positive", "For a BN teacher in CS mode the error is positive (nats, mean over inputs)", source, *judge([np.mean([c["closed_form"] for c in q["network"]]) for q in props], above=0))
-    add("prop-5.1-zero", "Without batch coupling it is zero: RS mode, LayerNorm", source, max(max(q["rs"], q["ln"]) for q in props) < 1e-6, {"largest": max(max(q["rs"], q["ln"]) for q in props)})
-    add("prop-5.1-limits", "It is a fundamental limitation: more than half of what varies in the teacher's answers is about the batch, not the input (our threshold)", "section 5.2", *judge([q["share"] for q in props], above=0.5))
+    add(
+        "prop-5.1-finite",
+        "On a finite example formula, optimiser and Monte Carlo agree on the irreducible error",
+        source,
+        all(c["holds"] for c in checks["finite"]),
+        {"largest_gap": gap(checks["finite"])},
+    )
+    add(
+        "prop-5.1-network",
+        "So they do for a BN teacher in CS mode, a fixed input in many contexts",
+        source,
+        all(c["holds"] for c in checks["network"]),
+        {"largest_gap": gap(checks["network"])},
+    )
+    add(
+        "prop-5.1-positive",
+        "For a BN teacher in CS mode the error is positive (nats, mean over inputs)",
+        source,
+        *judge([np.mean([c["closed_form"] for c in q["network"]]) for q in props], above=0),
+    )
+    add(
+        "prop-5.1-zero",
+        "Without batch coupling it is zero: RS mode, LayerNorm",
+        source,
+        max(max(q["rs"], q["ln"]) for q in props) < 1e-6,
+        {"largest": max(max(q["rs"], q["ln"]) for q in props)},
+    )
+    add(
+        "prop-5.1-limits",
+        "It is a fundamental limitation: more than half of what varies in the teacher's answers is about the batch, not the input (our threshold)",
+        "section 5.2",
+        *judge([q["share"] for q in props], above=0.5),
+    )
     return found

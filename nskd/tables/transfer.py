@@ -18,13 +18,15 @@ from ..experiments.parameters import Sweep, each_of, numbers
 # %% ../../nbs/tables/transfer_room.ipynb #fa4e5c86
 class TransferSweep(Sweep):
     "Parameters of Table 6."
+
     norms: Annotated[list[str], each_of(("bn", "ln"), "a norm")] = ["bn", "ln"]
     real_images: Annotated[list[int], numbers(int, "real_images", 1)] = [20, 50, 200, 1347]
     scarce: int = Field(50, ge=1)
 
     @model_validator(mode="after")
     def _scarce(self):
-        if self.scarce not in self.real_images: raise ValueError(f"scarce must be one of real_images {self.real_images}, not {self.scarce}")
+        if self.scarce not in self.real_images:
+            raise ValueError(f"scarce must be one of real_images {self.real_images}, not {self.scarce}")
         return self
 
 # %% ../../nbs/tables/transfer_room.ipynb #9ad3c67b
@@ -36,11 +38,14 @@ def break_even(records, method="normshift"):
     """
     found = []
     for _, part in records.groupby("seed"):
-        if part.cs.isna().any(): continue
+        if part.cs.isna().any():
+            continue
         real = part[part.method == "real"].sort_values("images")
         gap, images = real.cs.to_numpy() - part[part.method == method].cs.item(), np.log(real.images.to_numpy(float))
-        if gap[0] >= 0 or (gap < 0).all(): at = images[0] if gap[0] >= 0 else images[-1]
-        else: at = np.interp(0, gap[(i := int((gap >= 0).argmax())) - 1:i + 1], images[i - 1:i + 1])
+        if gap[0] >= 0 or (gap < 0).all():
+            at = images[0] if gap[0] >= 0 else images[-1]
+        else:
+            at = np.interp(0, gap[(i := int((gap >= 0).argmax())) - 1 : i + 1], images[i - 1 : i + 1])
         found.append(float(np.exp(at)))
     return found
 
@@ -53,12 +58,23 @@ def plot_transfer(records):
     fig, axes = panels(records.norm.nunique(), sharey=True)
     for ax, (norm, part) in zip(axes, records.groupby("norm", sort=False)):
         seed_line(ax, part[part.method == "real"], "images", "cs", COLOURS["train"], "real images")
-        for method in (m for m in part.method.unique() if m != "real"): level(ax, part[part.method == method].cs, COLOURS[method], label(method))
+        for method in (m for m in part.method.unique() if m != "real"):
+            level(ax, part[part.method == method].cs, COLOURS[method], label(method))
         ax.axhline(part.teacher_accuracy.mean(), color="black", linewidth=1, label="teacher")
         ticks = sorted(part.images.dropna().unique())
-        ax.set_xscale("log"); ax.set_xticks(ticks, [f"{t:,.0f}" for t in ticks]); ax.xaxis.set_minor_locator(plt.NullLocator())
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
+        ax.xaxis.set_minor_locator(plt.NullLocator())
         ax.set(title=label(norm), xlabel="real images to distil with")
     axes[0].set_ylabel(ACCURACY)
     found = {n: h for ax in axes for h, n in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=5, fontsize="small", columnspacing=1, handlelength=1.4)
+    fig.legend(
+        found.values(),
+        found.keys(),
+        loc="outside lower center",
+        ncols=5,
+        fontsize="small",
+        columnspacing=1,
+        handlelength=1.4,
+    )
     return fig

@@ -23,20 +23,31 @@ from ..samplers import create_sampler, rejection_sample
 # %% ../../nbs/tables/untrained_room.ipynb #b99dbba7
 class Bench:
     "Untrained LN networks and batches of noise for `LedgerParameters` p; everything is a function of a seed."
+
     def __init__(self, p):
         self.p, self.ds, self.device = p, load_dataset(p.dataset), pick_device(p.device)
         self.draw = create_sampler("gaussian", self.ds.shape)
 
     def network(self, seed, alpha=None):
         "A network with random γ and β; batch-aligned if `alpha` is given."
-        net = create_model(self.p.teacher, self.ds.num_classes, self.ds.channels, self.ds.image_size, norm="ln", width=self.p.teacher_width(), seed=seed)
+        net = create_model(
+            self.p.teacher,
+            self.ds.num_classes,
+            self.ds.channels,
+            self.ds.image_size,
+            norm="ln",
+            width=self.p.teacher_width(),
+            seed=seed,
+        )
         g = torch.Generator().manual_seed(seed)
         for m in net.modules():
             if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                for w, centre in ((m.weight, 1), (m.bias, 0)): w.data = centre + 0.5 * torch.randn(w.shape, generator=g)
+                for w, centre in ((m.weight, 1), (m.bias, 0)):
+                    w.data = centre + 0.5 * torch.randn(w.shape, generator=g)
         return (net if alpha is None else align_batch(net, alpha)).eval().requires_grad_(False).to(self.device)
 
-    def noise(self, seed): return self.draw(self.p.batch_size, generator=torch.Generator().manual_seed(seed)).to(self.device)
+    def noise(self, seed):
+        return self.draw(self.p.batch_size, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
 # %% ../../nbs/tables/untrained_room.ipynb #94e04f50
 def largest_change(net, x, y):
@@ -44,32 +55,44 @@ def largest_change(net, x, y):
     half = len(x) // 2
     return (net(x)[:half] - net(torch.cat((x[:half], y[half:])))[:half]).abs().max().item()
 
+
 def aligned_moments(net, x):
     "(Largest |mean|, largest |variance − 1|) of a channel of any fully aligned layer of `net` on `x`, γ and β left out."
     worst, layers = [0.0, 0.0], [m for m in net.modules() if isinstance(m, BatchAligned)]
-    for m in layers: m.weight.data.fill_(1), m.bias.data.zero_()
+    for m in layers:
+        m.weight.data.fill_(1), m.bias.data.zero_()
+
     def look(layer, _, z):
         dims = [d for d in range(z.dim()) if d != channel_axis(layer.norm, z)]
-        worst[:] = max(worst[0], z.double().mean(dims).abs().max().item()), max(worst[1], (z.double().var(dims, correction=0) - 1).abs().max().item())
+        worst[:] = (
+            max(worst[0], z.double().mean(dims).abs().max().item()),
+            max(worst[1], (z.double().var(dims, correction=0) - 1).abs().max().item()),
+        )
+
     hooks = [m.register_forward_hook(look) for m in layers]
     net(x)
-    for h in hooks: h.remove()
+    for h in hooks:
+        h.remove()
     return tuple(worst)
+
 
 def affine_change(net, x):
     "Largest change of a logit when every γ of the aligned `net` is doubled: 0 if alignment discarded them."
     before = net(x)
     for m in net.modules():
-        if isinstance(m, BatchAligned): m.weight.data.mul_(2)
+        if isinstance(m, BatchAligned):
+            m.weight.data.mul_(2)
     return (net(x) - before).abs().max().item()
 
 # %% ../../nbs/tables/untrained_room.ipynb #ccd30197
 def seconds(f, device):
     "Seconds that `f()` takes: of the processor on a CPU, where other programs run too, of the clock on a GPU."
-    if device.type == "cuda": return timed(f, device)[0]
+    if device.type == "cuda":
+        return timed(f, device)[0]
     start = time.process_time()
     f()
     return time.process_time() - start
+
 
 def overhead(plain, aligned, x, rounds=5):
     "Percent that `aligned` takes longer than `plain` on `x`: the fastest of some rounds of each, taken in turns after a first one."
@@ -82,11 +105,16 @@ def unevenness(labels, num_classes):
     "Total variation distance of the shares of `labels` from equal shares: 0 to 1."
     return 0.5 * (torch.bincount(labels, minlength=num_classes) / len(labels) - 1 / num_classes).abs().sum().item()
 
+
 def balance_gain(num_classes, batch_size, seed, k=4):
     "By how much rejection sampling evens out labels of unequal classes: `unevenness` of k batches, less that of the one kept."
     g = torch.Generator().manual_seed(seed)
-    labels = torch.multinomial(torch.rand(num_classes, generator=g).square(), k * batch_size, replacement=True, generator=g)
-    return unevenness(labels, num_classes) - unevenness(labels[rejection_sample(labels, batch_size, num_classes, generator=g)], num_classes)
+    labels = torch.multinomial(
+        torch.rand(num_classes, generator=g).square(), k * batch_size, replacement=True, generator=g
+    )
+    return unevenness(labels, num_classes) - unevenness(
+        labels[rejection_sample(labels, batch_size, num_classes, generator=g)], num_classes
+    )
 
 # %% ../../nbs/tables/untrained_room.ipynb #b7d04302
 @torch.no_grad()
@@ -94,28 +122,80 @@ def untrained_claims(p, rounds=5):
     "Checks of what the paper says about batch alignment and rejection sampling as such, for `LedgerParameters` p: a list of claims."
     b, seeds, found = Bench(p), p.seed_list(), []
     over = lambda f: [f(s) for s in seeds]
-    def add(id, statement, source, verdict, evidence): found.append(claim(f"claims.{id}", statement, f"NormShift-KD, {source}", verdict, evidence))
+
+    def add(id, statement, source, verdict, evidence):
+        found.append(claim(f"claims.{id}", statement, f"NormShift-KD, {source}", verdict, evidence))
+
     x, y = b.noise(1), b.noise(2)
 
     zero = max(over(lambda s: (b.network(s)(x) - b.network(s, 0.0)(x)).abs().max().item()))
-    add("alpha-zero-is-ln", "At α = 0 a wrapped network gives the logits of the plain one, bit for bit", "section 5.1", zero == 0, {"largest_logit_difference": zero, "n": len(seeds)})
+    add(
+        "alpha-zero-is-ln",
+        "At α = 0 a wrapped network gives the logits of the plain one, bit for bit",
+        "section 5.1",
+        zero == 0,
+        {"largest_logit_difference": zero, "n": len(seeds)},
+    )
     moments = over(lambda s: aligned_moments(b.network(s, 1.0), x))
     mean, var = (max(m) for m in zip(*moments))
-    add("aligned-moments", "Aligned activations have mean 0 (to 0.001) and variance 1 (to 0.01) in every channel of every layer", "Eq. 3 and 4", mean < 1e-3 and var < 0.01, {"largest_mean": mean, "largest_variance_less_1": var, "n": len(seeds)})
+    add(
+        "aligned-moments",
+        "Aligned activations have mean 0 (to 0.001) and variance 1 (to 0.01) in every channel of every layer",
+        "Eq. 3 and 4",
+        mean < 1e-3 and var < 0.01,
+        {"largest_mean": mean, "largest_variance_less_1": var, "n": len(seeds)},
+    )
     same = all(over(lambda s: _weights(b.network(s)) == _weights(b.network(s, 0.5))))
-    add("no-parameters", "Alignment adds no parameters and changes none", "section 5.1", same, {"networks": len(seeds), "n": len(seeds)})
+    add(
+        "no-parameters",
+        "Alignment adds no parameters and changes none",
+        "section 5.1",
+        same,
+        {"networks": len(seeds), "n": len(seeds)},
+    )
     plain, aligned = (over(lambda s: largest_change(b.network(s, a), x, y)) for a in (None, 0.5))
     # the same sums in another order: a plain network's logits may move by rounding
-    add("batch-conditional", "Alignment makes a prediction depend on the rest of the batch, which a plain LN network's does not", "section 5.1", max(plain) < 1e-4 < 1e-2 < min(aligned),
-        {"largest_change_plain": max(plain), "smallest_change_aligned": min(aligned), "n": len(seeds)})
+    add(
+        "batch-conditional",
+        "Alignment makes a prediction depend on the rest of the batch, which a plain LN network's does not",
+        "section 5.1",
+        max(plain) < 1e-4 < 1e-2 < min(aligned),
+        {"largest_change_plain": max(plain), "smallest_change_aligned": min(aligned), "n": len(seeds)},
+    )
     kept = over(lambda s: affine_change(b.network(s, 1.0), x))
-    add("alpha-one-discards-affine", "Full alignment (α = 1) discards LN's γ and β", "section 6.2, against Eq. 4", max(kept) == 0, {"smallest_change_when_gamma_doubles": min(kept), "n": len(seeds)})
-    add("overhead-negligible", "Alignment costs less than a tenth of a forward pass", "section 5.1", *judge(over(lambda s: overhead(b.network(s), b.network(s, 0.5), x, rounds)), below=10, unit="% more time"))
+    add(
+        "alpha-one-discards-affine",
+        "Full alignment (α = 1) discards LN's γ and β",
+        "section 6.2, against Eq. 4",
+        max(kept) == 0,
+        {"smallest_change_when_gamma_doubles": min(kept), "n": len(seeds)},
+    )
+    add(
+        "overhead-negligible",
+        "Alignment costs less than a tenth of a forward pass",
+        "section 5.1",
+        *judge(over(lambda s: overhead(b.network(s), b.network(s, 0.5), x, rounds)), below=10, unit="% more time"),
+    )
     few = 2 * p.batch_size
-    sweep = over(lambda s: seconds(lambda: alpha_sweep(b.network(s), b.draw, ALPHAS, few, p.batch_size, s), b.device) * 4096 / few / 60)
-    add("sweep-takes-minutes", "Sweeping α by I(X;C), 4,096 images for each of five values, takes less than an hour for this network", "Appendix C", *judge(sweep, below=60, unit="minutes"))
-    add("rejection-evens-out", "Rejection sampling (k = 4) makes unequal pseudo-labels more even: total variation from equal shares, before less after", "Algorithm 2",
-        *judge(over(lambda s: balance_gain(b.ds.num_classes, p.batch_size, s)), above=0))
+    sweep = over(
+        lambda s: (
+            seconds(lambda: alpha_sweep(b.network(s), b.draw, ALPHAS, few, p.batch_size, s), b.device) * 4096 / few / 60
+        )
+    )
+    add(
+        "sweep-takes-minutes",
+        "Sweeping α by I(X;C), 4,096 images for each of five values, takes less than an hour for this network",
+        "Appendix C",
+        *judge(sweep, below=60, unit="minutes"),
+    )
+    add(
+        "rejection-evens-out",
+        "Rejection sampling (k = 4) makes unequal pseudo-labels more even: total variation from equal shares, before less after",
+        "Algorithm 2",
+        *judge(over(lambda s: balance_gain(b.ds.num_classes, p.batch_size, s)), above=0),
+    )
     return found
 
-def _weights(net): return tensors_key({n.replace(".norm.", "."): t for n, t in net.state_dict().items()})
+
+def _weights(net):
+    return tensors_key({n.replace(".norm.", "."): t for n, t in net.state_dict().items()})

@@ -26,9 +26,17 @@ def attention_layers(net):
     Those of any timm ViT or Swin (a class named …Attention… with `num_heads`, pooling heads left out). ValueError of one
     sentence on a model without any.
     """
-    found = [(n, m) for n, m in net.named_modules() if "Attention" in (kind := type(m).__name__) and hasattr(m, "num_heads") and "Pool" not in kind]
-    if not found: raise ValueError(f"{type(net).__name__} has no attention layers to look into: give a timm ViT or Swin, such as vit_tiny or swin_tiny")
+    found = [
+        (n, m)
+        for n, m in net.named_modules()
+        if "Attention" in (kind := type(m).__name__) and hasattr(m, "num_heads") and "Pool" not in kind
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(net).__name__} has no attention layers to look into: give a timm ViT or Swin, such as vit_tiny or swin_tiny"
+        )
     return found
+
 
 def prefix_tokens(net):
     "How many tokens of `net` are no patches ([CLS], registers); they come first. Swin has none."
@@ -37,20 +45,25 @@ def prefix_tokens(net):
 # %% ../../nbs/theory/02_attention.ipynb #88b1c622
 class Seen(NamedTuple):
     "What one attention layer did in one forward pass; see `materialised_attention`."
+
     name: str
-    inputs: torch.Tensor                 # (B', n, D) tokens that entered; Swin: B' = images × windows
-    scores: torch.Tensor                 # (B', heads, n, n) pre-softmax: scaled, with position bias, without the window mask
-    blocked: Optional[torch.Tensor]      # (windows, n, n) True where a shifted window masks a pair; None without mask
+    inputs: torch.Tensor  # (B', n, D) tokens that entered; Swin: B' = images × windows
+    scores: torch.Tensor  # (B', heads, n, n) pre-softmax: scaled, with position bias, without the window mask
+    blocked: Optional[torch.Tensor]  # (windows, n, n) True where a shifted window masks a pair; None without mask
+
 
 class _SoftmaxSpy(TorchFunctionMode):
     "Shows every softmax's input to `see`."
+
     def __init__(self, see):
         super().__init__()
         self.see = see
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (F.softmax, torch.softmax, torch.Tensor.softmax): self.see(args[0])
+        if func in (F.softmax, torch.softmax, torch.Tensor.softmax):
+            self.see(args[0])
         return func(*args, **(kwargs or {}))
+
 
 @contextmanager
 def materialised_attention(net, see):
@@ -62,24 +75,36 @@ def materialised_attention(net, see):
     fused = [(m, m.fused_attn) for _, m in layers if hasattr(m, "fused_attn")]
 
     def enter(name):
-        return lambda m, args, kwargs: inside.append((name, args[0], kwargs.get("mask", args[1] if len(args) > 1 else None)))
-    def leave(m, args, out): inside.pop()
+        return lambda m, args, kwargs: inside.append(
+            (name, args[0], kwargs.get("mask", args[1] if len(args) > 1 else None))
+        )
+
+    def leave(m, args, out):
+        inside.pop()
+
     def softmax(scores):
-        if not inside or scores.dim() != 4 or scores.shape[-1] != scores.shape[-2]: return
+        if not inside or scores.dim() != 4 or scores.shape[-1] != scores.shape[-2]:
+            return
         name, x, mask = inside[-1]
         blocked = None if mask is None or mask.dim() != 3 else mask != 0
-        if blocked is not None:                       # the mask is a large negative number by now: take it off again
+        if blocked is not None:  # the mask is a large negative number by now: take it off again
             w = scores.view(-1, len(mask), *scores.shape[1:])
             scores = (w - mask[None, :, None]).reshape(scores.shape)
         see(Seen(name, x, scores, blocked))
+
     try:
-        for m, _ in fused: m.fused_attn = False
+        for m, _ in fused:
+            m.fused_attn = False
         for name, m in layers:
             handles += [m.register_forward_pre_hook(enter(name), with_kwargs=True), m.register_forward_hook(leave)]
-        with _SoftmaxSpy(softmax): yield net
+        with _SoftmaxSpy(softmax):
+            yield net
     finally:
-        for h in handles: h.remove()
-        for m, flag in fused: m.fused_attn = flag
+        for h in handles:
+            h.remove()
+        for m, flag in fused:
+            m.fused_attn = flag
+
 
 @torch.no_grad()
 def attention_scores(net, x):
@@ -88,8 +113,12 @@ def attention_scores(net, x):
     Holds all of them at once: for many images use `attention_report`. ValueError on a model without (readable) attention.
     """
     seen = []
-    with bn_mode(net, "rs"), materialised_attention(net, seen.append): net(x)
-    if not seen: raise ValueError(f"{type(net).__name__} keeps its attention scores to itself: its layers call no softmax that can be seen")
+    with bn_mode(net, "rs"), materialised_attention(net, seen.append):
+        net(x)
+    if not seen:
+        raise ValueError(
+            f"{type(net).__name__} keeps its attention scores to itself: its layers call no softmax that can be seen"
+        )
     return seen
 
 # %% ../../nbs/theory/02_attention.ipynb #23ebbca3
@@ -100,12 +129,14 @@ def row_statistics(scores, prefix=0, blocked=None):
     in [0, log keys]. Source: NormShift-KD, section 7.1 and Appendix B.4.
     """
     s = scores[..., prefix:, prefix:].float()
-    if blocked is None: return s.amax(-1) - s.amin(-1), torch.special.entr(s.softmax(-1)).sum(-1)
+    if blocked is None:
+        return s.amax(-1) - s.amin(-1), torch.special.entr(s.softmax(-1)).sum(-1)
     hidden = blocked[:, None, prefix:, prefix:]
     w = s.view(-1, len(blocked), *s.shape[1:])
     low = w.masked_fill(hidden, -math.inf)
     spread = low.amax(-1) - w.masked_fill(hidden, math.inf).amin(-1)
     return spread.view(s.shape[:-1]), torch.special.entr(low.softmax(-1)).sum(-1).view(s.shape[:-1])
+
 
 def similarity_entropy(tokens, bins):
     """Histogram entropy of the cosine similarities between an image's tokens, nats: (B, N, D) → (B,), in [0, log bins].
@@ -113,9 +144,10 @@ def similarity_entropy(tokens, bins):
     Off-diagonal pairs, `bins` equal bins on [−1, 1]. NaN for a single token. Source: NormShift-KD, Appendix B.4 (H_l).
     """
     b, n, _ = tokens.shape
-    if n < 2: return torch.full((b,), math.nan)
+    if n < 2:
+        return torch.full((b,), math.nan)
     z = F.normalize(tokens.float(), dim=-1)
-    i, j = torch.triu_indices(n, n, 1, device=z.device)              # Γ is symmetric: half of the pairs has the same histogram
+    i, j = torch.triu_indices(n, n, 1, device=z.device)  # Γ is symmetric: half of the pairs has the same histogram
     cos = (z @ z.mT)[:, i, j]
     index = ((cos + 1) / 2 * bins).long().clamp(0, bins - 1)
     counts = torch.zeros(b, bins, device=z.device).scatter_add_(1, index, torch.ones_like(cos))
@@ -141,13 +173,19 @@ def attention_report(net, images, bins=(32, 64, 128), batch_size=64):
         spread, entropy = (t.view(count, -1).double() for t in row_statistics(s.scores, prefix, s.blocked))
         n = s.scores.shape[-1] - prefix
         keys[s.name] = n
-        if n < 2: spread, entropy = spread * math.nan, entropy * math.nan
-        rows[s.name].append(torch.stack([spread.mean(1), spread.square().mean(1), entropy.mean(1), entropy.square().mean(1)], 1).cpu())
+        if n < 2:
+            spread, entropy = spread * math.nan, entropy * math.nan
+        rows[s.name].append(
+            torch.stack([spread.mean(1), spread.square().mean(1), entropy.mean(1), entropy.square().mean(1)], 1).cpu()
+        )
+
     def block_output(name):
         def hook(m, args, out):
             tokens = out.flatten(1, -2)[:, prefix:]
             similar[name].append(torch.stack([similarity_entropy(tokens, b) for b in bins], 1).double())
+
         return hook
+
     # a block is what holds the attention layer
     handles = [net.get_submodule(n.rpartition(".")[0]).register_forward_hook(block_output(n)) for n in names]
     try:
@@ -156,19 +194,41 @@ def attention_report(net, images, bins=(32, 64, 128), batch_size=64):
                 count = len(part)
                 net(part.to(device))
     finally:
-        for h in handles: h.remove()
-    if not keys: raise ValueError(f"{type(net).__name__} keeps its attention scores to itself: its layers call no softmax that can be seen")
+        for h in handles:
+            h.remove()
+    if not keys:
+        raise ValueError(
+            f"{type(net).__name__} keeps its attention scores to itself: its layers call no softmax that can be seen"
+        )
     return _summaries([n for n in names if n in keys], rows, similar, keys, bins)
 
+
 def _summaries(names, rows, similar, keys, bins):
-    att, pse = (torch.stack([torch.cat(d[n]) for n in names], 1) for d in (rows, similar))    # (images, blocks, 4), (images, blocks, bins)
+    att, pse = (
+        torch.stack([torch.cat(d[n]) for n in names], 1) for d in (rows, similar)
+    )  # (images, blocks, 4), (images, blocks, bins)
     m = att.mean(0)
     std = lambda mean, square: (square - mean**2).clamp(min=0).sqrt()
-    blocks = pd.DataFrame({"block": range(len(names)), "name": names, "keys": [keys[n] for n in names], "spread": m[:, 0], "spread_std": std(m[:, 0], m[:, 1]),
-                           "entropy": m[:, 2], "entropy_std": std(m[:, 2], m[:, 3]), "effective_keys": m[:, 2].exp(),
-                           **{f"pse_{b}": pse[:, :, i].mean(0) for i, b in enumerate(bins)}})
-    images = pd.DataFrame({"spread": att[:, :, 0].nanmean(1), "entropy": att[:, :, 2].nanmean(1),
-                           **{f"lpse_{b}": pse[:, :, i].nansum(1) for i, b in enumerate(bins)}})
+    blocks = pd.DataFrame(
+        {
+            "block": range(len(names)),
+            "name": names,
+            "keys": [keys[n] for n in names],
+            "spread": m[:, 0],
+            "spread_std": std(m[:, 0], m[:, 1]),
+            "entropy": m[:, 2],
+            "entropy_std": std(m[:, 2], m[:, 3]),
+            "effective_keys": m[:, 2].exp(),
+            **{f"pse_{b}": pse[:, :, i].mean(0) for i, b in enumerate(bins)},
+        }
+    )
+    images = pd.DataFrame(
+        {
+            "spread": att[:, :, 0].nanmean(1),
+            "entropy": att[:, :, 2].nanmean(1),
+            **{f"lpse_{b}": pse[:, :, i].nansum(1) for i, b in enumerate(bins)},
+        }
+    )
     return blocks, images
 
 # %% ../../nbs/theory/02_attention.ipynb #19fd1beb
@@ -179,7 +239,8 @@ def query_key_weights(net):
     """
     heads = []
     for b, (name, m) in enumerate(attention_layers(net)):
-        if not isinstance(getattr(m, "qkv", None), nn.Linear): raise ValueError(f"layer {name} has no joint qkv projection to take W_Q and W_K from")
+        if not isinstance(getattr(m, "qkv", None), nn.Linear):
+            raise ValueError(f"layer {name} has no joint qkv projection to take W_Q and W_K from")
         q, k, _ = m.qkv.weight.detach().view(3, m.num_heads, -1, m.qkv.in_features)
         heads += [{"block": b, "head": h, "w_q": q[h], "w_k": k[h]} for h in range(m.num_heads)]
     return heads

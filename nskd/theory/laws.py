@@ -24,13 +24,15 @@ from ..norms import bn_mode
 # %% ../../nbs/theory/01_laws.ipynb #6dca39e1
 class ScoreLaw(NamedTuple):
     "Moments of a head's scores under Gaussian tokens; see `score_law`."
-    variance: float          # of s_ij, i ≠ j: σ_s²
-    self_mean: float         # of s_ii: μ_self
-    self_variance: float     # of s_ii
-    frobenius: float         # ‖A‖_F
-    sym_frobenius: float     # ‖A_sym‖_F
-    sym_operator: float      # ‖A_sym‖_op
+
+    variance: float  # of s_ij, i ≠ j: σ_s²
+    self_mean: float  # of s_ii: μ_self
+    self_variance: float  # of s_ii
+    frobenius: float  # ‖A‖_F
+    sym_frobenius: float  # ‖A_sym‖_F
+    sym_operator: float  # ‖A_sym‖_op
     d_k: int
+
 
 def score_law(w_q, w_k, sigma=1.0):
     """The moments of a head's scores when its tokens are N(0, σ² I): a `ScoreLaw`.
@@ -42,24 +44,37 @@ def score_law(w_q, w_k, sigma=1.0):
     sym = (a + a.T) / 2
     fro, trace = a.norm().item(), a.trace().item()
     eig = torch.linalg.eigvalsh(sym).abs().max().item()
-    return ScoreLaw(sigma**4 * fro**2 / d, sigma**2 * trace / math.sqrt(d), 2 * sigma**4 * sym.norm().item()**2 / d, fro,
-                    sym.norm().item(), eig, d)
+    return ScoreLaw(
+        sigma**4 * fro**2 / d,
+        sigma**2 * trace / math.sqrt(d),
+        2 * sigma**4 * sym.norm().item() ** 2 / d,
+        fro,
+        sym.norm().item(),
+        eig,
+        d,
+    )
+
 
 def _heads(w_q, w_k):
     w_q, w_k = (torch.as_tensor(w).detach().cpu().double() for w in (w_q, w_k))
-    if w_q.dim() != 2 or w_q.shape != w_k.shape: raise ValueError(f"w_q and w_k must both be (d_k, D), not {tuple(w_q.shape)} and {tuple(w_k.shape)}")
+    if w_q.dim() != 2 or w_q.shape != w_k.shape:
+        raise ValueError(f"w_q and w_k must both be (d_k, D), not {tuple(w_q.shape)} and {tuple(w_k.shape)}")
     return w_q, w_k
+
 
 class Rows(NamedTuple):
     "One row of scores a draw; see `simulate_rows`. Key 0 is the query itself."
-    scores: torch.Tensor     # (draws, N) s_0t
-    energy: torch.Tensor     # (draws, N) ‖A x_t‖²
+
+    scores: torch.Tensor  # (draws, N) s_0t
+    energy: torch.Tensor  # (draws, N) ‖A x_t‖²
     law: ScoreLaw
     sigma: float
+
 
 def gaussian_tokens(sigma=1.0):
     "The paper's tokens: a function of (size, generator) that draws i.i.d. N(0, σ²)."
     return lambda size, generator: torch.randn(size, generator=generator, dtype=torch.float64) * sigma
+
 
 def simulate_rows(w_q, w_k, n, draws=2000, sigma=1.0, tokens=None, generator=None):
     """The scores of one query over `n` tokens, itself among them, in `draws` independent sequences: a `Rows`.
@@ -68,22 +83,27 @@ def simulate_rows(w_q, w_k, n, draws=2000, sigma=1.0, tokens=None, generator=Non
     Memory stays below some 100 MB. Source: NormShift-KD, section 7.1.
     """
     w_q, w_k = _heads(w_q, w_k)
-    if n < 2 or draws < 2: raise ValueError(f"a row needs at least 2 tokens and 2 draws, not {n} and {draws}")
+    if n < 2 or draws < 2:
+        raise ValueError(f"a row needs at least 2 tokens and 2 draws, not {n} and {draws}")
     tokens, gram, parts = tokens or gaussian_tokens(sigma), w_q @ w_q.T, []
     for r in _chunks(draws, max(1, 6_000_000 // (n * w_q.shape[1]))):
         x = tokens((r, n, w_q.shape[1]), generator).double()
-        q, k = x[:, 0] @ w_q.T, x @ w_k.T                                     # (r, d_k), (r, n, d_k)
+        q, k = x[:, 0] @ w_q.T, x @ w_k.T  # (r, d_k), (r, n, d_k)
         # ‖A x‖² = k^T (W_Q W_Q^T) k: never forms the (D, D) product for every token
         parts.append((torch.einsum("rd,rnd->rn", q, k) / math.sqrt(len(w_q)), ((k @ gram) * k).sum(-1)))
     scores, energy = (torch.cat(p) for p in zip(*parts))
     return Rows(scores, energy, score_law(w_q, w_k, sigma), sigma)
 
-def _chunks(total, most): return [min(most, total - i) for i in range(0, total, most)]
+
+def _chunks(total, most):
+    return [min(most, total - i) for i in range(0, total, most)]
+
 
 def random_head(d_k, dim, generator=None, rank=None):
     "Random (w_q, w_k), (d_k, dim) each, entries N(0, 1/dim); `rank` below d_k concentrates the spectrum of A."
     w = lambda: torch.randn(d_k, dim, generator=generator, dtype=torch.float64) / math.sqrt(dim)
-    if rank is None: return w(), w()
+    if rank is None:
+        return w(), w()
     low = lambda: w()[:, :rank] @ (torch.randn(rank, dim, generator=generator, dtype=torch.float64) / math.sqrt(rank))
     return low(), low()
 
@@ -98,11 +118,21 @@ def check_lemma_71(w_q, w_k, sigma=1.0, draws=20_000, tokens=None, level=1e-3, g
     rows = simulate_rows(w_q, w_k, 2, draws, sigma, tokens, generator)
     own, other = rows.scores.numpy().T
     given_key = other * math.sqrt(rows.law.d_k) / (sigma * rows.energy[:, 1].sqrt().numpy())
-    p = {"mean": stats.ttest_1samp(other, 0).pvalue, "variance": stats.ttest_1samp(other**2, rows.law.variance).pvalue,
-         "self_mean": stats.ttest_1samp(own, rows.law.self_mean).pvalue, "conditional_law": stats.kstest(given_key, "norm").pvalue}
-    return {"holds": bool(min(p.values()) * len(p) > level), **{f"p_{k}": float(v) for k, v in p.items()}, "variance": float(other.var()),
-            "variance_lemma": rows.law.variance, "self_mean": float(own.mean()), "self_mean_lemma": rows.law.self_mean,
-            "kurtosis": float(stats.kurtosis(other))}
+    p = {
+        "mean": stats.ttest_1samp(other, 0).pvalue,
+        "variance": stats.ttest_1samp(other**2, rows.law.variance).pvalue,
+        "self_mean": stats.ttest_1samp(own, rows.law.self_mean).pvalue,
+        "conditional_law": stats.kstest(given_key, "norm").pvalue,
+    }
+    return {
+        "holds": bool(min(p.values()) * len(p) > level),
+        **{f"p_{k}": float(v) for k, v in p.items()},
+        "variance": float(other.var()),
+        "variance_lemma": rows.law.variance,
+        "self_mean": float(own.mean()),
+        "self_mean_lemma": rows.law.self_mean,
+        "kurtosis": float(stats.kurtosis(other)),
+    }
 
 # %% ../../nbs/theory/01_laws.ipynb #15e6d429
 def check_lemma_b1(scores, level=1e-3):
@@ -116,7 +146,12 @@ def check_lemma_b1(scores, level=1e-3):
     # weights are skewed, differences of exchangeable weights are symmetric: there the t-test keeps its level
     p = min(1.0, float(np.min(stats.ttest_1samp(a - np.roll(a, 1, axis=1), 0).pvalue)) * n)
     mean = a.mean(0)
-    return {"holds": p > level, "p": p, "self_weight": float(n * mean[0]), "largest_deviation": float(np.abs(n * mean - 1).max())}
+    return {
+        "holds": p > level,
+        "p": p,
+        "self_weight": float(n * mean[0]),
+        "largest_deviation": float(np.abs(n * mean - 1).max()),
+    }
 
 # %% ../../nbs/theory/01_laws.ipynb #f4b505f6
 def check_weight_bounds(scores, atol=1e-12):
@@ -129,14 +164,20 @@ def check_weight_bounds(scores, atol=1e-12):
     a = scores.softmax(1)
     low, high = (-spread).exp() / n, spread.exp() / n
     holds = bool((a >= low[:, None] - atol).all() and (a <= high[:, None] + atol).all())
-    return {"holds": holds, "informative": (high < 1).double().mean().item(), "slack": (high / a.amax(1)).log().median().item()}
+    return {
+        "holds": holds,
+        "informative": (high < 1).double().mean().item(),
+        "slack": (high / a.amax(1)).log().median().item(),
+    }
+
 
 def score_range(scores):
     "Δ, the largest minus the smallest score of each row: (…, N) → (…). Source: NormShift-KD, section 7.1."
     return scores.amax(-1) - scores.amin(-1)
 
 # %% ../../nbs/theory/01_laws.ipynb #97769055
-HANSON_WRIGHT = 2.0      # proven for Gaussian quadratic forms: Laurent & Massart (2000), Lemma 1
+HANSON_WRIGHT = 2.0  # proven for Gaussian quadratic forms: Laurent & Massart (2000), Lemma 1
+
 
 def condition_a1(rows):
     """Condition (A1) in every draw: a dict with `rate` (share of draws in which it holds) and quantiles of κ.
@@ -144,11 +185,18 @@ def condition_a1(rows):
     `rows`: a `Rows`. κ = max over keys t ≠ i of ‖A x_t‖² / (σ² ‖A‖_F²); (A1) is κ ≤ 1. Source: NormShift-KD, Appendix B.2.
     """
     k = kappa(rows)
-    return {"rate": (k <= 1).double().mean().item(), "kappa_median": k.median().item(), "kappa_max": k.max().item(), "draws": len(k)}
+    return {
+        "rate": (k <= 1).double().mean().item(),
+        "kappa_median": k.median().item(),
+        "kappa_max": k.max().item(),
+        "draws": len(k),
+    }
+
 
 def kappa(rows):
     "κ of every draw: (draws,). Source: NormShift-KD, Appendix B.2, unconditional variant."
     return rows.energy[:, 1:].amax(1) / (rows.sigma**2 * rows.law.frobenius**2)
+
 
 def condition_a2(law, n, sigma=1.0, delta=0.05, constant=HANSON_WRIGHT):
     """Condition (A2): a dict with `holds` at `constant`, both sides, and the largest constant at which it would hold.
@@ -158,12 +206,18 @@ def condition_a2(law, n, sigma=1.0, delta=0.05, constant=HANSON_WRIGHT):
     t, root = math.log(2 / delta), math.sqrt(law.d_k)
     unit = sigma**2 * (law.sym_frobenius * math.sqrt(t) + law.sym_operator * t) / root
     right = tail_bound(law, n, delta)
-    return {"holds": abs(law.self_mean) + constant * unit <= right, "left": abs(law.self_mean) + constant * unit, "right": right,
-            "largest_constant": (right - abs(law.self_mean)) / unit}
+    return {
+        "holds": abs(law.self_mean) + constant * unit <= right,
+        "left": abs(law.self_mean) + constant * unit,
+        "right": right,
+        "largest_constant": (right - abs(law.self_mean)) / unit,
+    }
+
 
 def tail_bound(law, n, delta=0.05):
     "σ_s √(2 log(2N/δ)), what the theorem allows the largest |score| to be; twice it bounds Δ. Source: NormShift-KD, Eq. 6."
-    if not 0 < delta < 1: raise ValueError(f"delta is a probability between 0 and 1, not {delta!r}")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta is a probability between 0 and 1, not {delta!r}")
     return math.sqrt(2 * law.variance * math.log(2 * n / delta))
 
 # %% ../../nbs/theory/01_laws.ipynb #9ddfb938
@@ -182,15 +236,29 @@ def check_theorem_72(rows, delta=0.05, constant=HANSON_WRIGHT):
     given = covered[k <= 1] if a2["holds"] else covered[:0]
     verdict = lambda r: None if r["of"] == 0 else r["high"] >= 1 - delta
     all_, sub, kap = _rate(covered), _rate(given), _rate(off)
-    return {"holds": verdict(all_), "holds_given_conditions": verdict(sub), "holds_kappa": verdict(kap), "coverage": all_, "coverage_given_conditions": sub,
-            "coverage_kappa": kap, "bound": bound, "spread": spread.mean().item(), "tightness": (spread / bound).median().item(),
-            "tightness_kappa": (spread / (bound * k.sqrt())).median().item(), "a1": a1, "a2": a2, "delta": delta,
-            "bound_is_informative": bound < math.log(n)}
+    return {
+        "holds": verdict(all_),
+        "holds_given_conditions": verdict(sub),
+        "holds_kappa": verdict(kap),
+        "coverage": all_,
+        "coverage_given_conditions": sub,
+        "coverage_kappa": kap,
+        "bound": bound,
+        "spread": spread.mean().item(),
+        "tightness": (spread / bound).median().item(),
+        "tightness_kappa": (spread / (bound * k.sqrt())).median().item(),
+        "a1": a1,
+        "a2": a2,
+        "delta": delta,
+        "bound_is_informative": bound < math.log(n),
+    }
+
 
 def _rate(hits):
     "Share of True with its exact 95 % interval."
     n, k = len(hits), int(hits.sum())
-    if n == 0: return {"rate": None, "low": None, "high": None, "of": 0}
+    if n == 0:
+        return {"rate": None, "low": None, "high": None, "of": 0}
     ci = stats.binomtest(k, n).proportion_ci(0.95)
     return {"rate": k / n, "low": ci.low, "high": ci.high, "of": n}
 
@@ -213,20 +281,33 @@ def shifted_moments(mean, var, running_mean, running_var, eps=1e-5):
     """
     return (mean - running_mean) / (running_var + eps) ** 0.5, var / (running_var + eps)
 
-def check_shift(draw, mean, var, running_mean, running_var, eps=1e-5, batch=256, batches=400, level=1e-3, generator=None):
+
+def check_shift(
+    draw, mean, var, running_mean, running_var, eps=1e-5, batch=256, batches=400, level=1e-3, generator=None
+):
     """Section 3.1's formulas by simulation through torch's own BatchNorm: a dict with `holds_rs`, `holds_cs`, moments.
 
     `draw((batch, batches), generator)`: pre-activations whose population moments are `mean` and `var`. RS: t-tests of mean
     and variance against `shifted_moments`. CS: mean 0 and variance 1, to 1 %. Source: NormShift-KD, section 3.1.
     """
-    u = draw((batch, batches), generator).double()                       # every batch a channel of its own
+    u = draw((batch, batches), generator).double()  # every batch a channel of its own
     stats0 = (torch.full((batches,), float(v), dtype=torch.float64) for v in (running_mean, running_var))
     rs, cs = F.batch_norm(u, *stats0, eps=eps).numpy().ravel(), F.batch_norm(u, None, None, training=True, eps=eps)
     m, v = shifted_moments(mean, var, running_mean, running_var, eps)
     p = min(stats.ttest_1samp(rs, m).pvalue, stats.ttest_1samp((rs - m) ** 2, v).pvalue) * 2
     cs_mean, cs_var = cs.mean(0).abs().max().item(), cs.var(0, correction=0).mean().item()
-    return {"holds_rs": bool(p > level), "holds_cs": cs_mean < 0.01 and abs(cs_var - 1) < 0.01, "p_rs": float(p), "rs_mean": float(rs.mean()),
-            "rs_mean_formula": m, "rs_var": float(rs.var()), "rs_var_formula": v, "cs_mean": cs_mean, "cs_var": cs_var}
+    return {
+        "holds_rs": bool(p > level),
+        "holds_cs": cs_mean < 0.01 and abs(cs_var - 1) < 0.01,
+        "p_rs": float(p),
+        "rs_mean": float(rs.mean()),
+        "rs_mean_formula": m,
+        "rs_var": float(rs.var()),
+        "rs_var_formula": v,
+        "cs_mean": cs_mean,
+        "cs_var": cs_var,
+    }
+
 
 @torch.no_grad()
 def check_shift_layers(net, x, tol=1e-3):
@@ -238,27 +319,58 @@ def check_shift_layers(net, x, tol=1e-3):
     without BatchNorm. Source: NormShift-KD, section 3.1.
     """
     bns = [m for m in net.modules() if isinstance(m, _BatchNorm)]
-    if not bns: raise ValueError("this network has no BatchNorm layer, so there are no running statistics to be wrong")
+    if not bns:
+        raise ValueError("this network has no BatchNorm layer, so there are no running statistics to be wrong")
     found = {"rs": [], "cs": []}
+
     def hook(m, args, out, mode):
         dims = [d for d in range(out.dim()) if d != 1]
-        u, z = args[0].double(), F.batch_norm(args[0].double(), *((m.running_mean.double(), m.running_var.double()) if mode == "rs" else (None, None)),
-                                              training=mode == "cs", eps=m.eps)
+        u, z = (
+            args[0].double(),
+            F.batch_norm(
+                args[0].double(),
+                *((m.running_mean.double(), m.running_var.double()) if mode == "rs" else (None, None)),
+                training=mode == "cs",
+                eps=m.eps,
+            ),
+        )
         mean, var = u.mean(dims), u.var(dims, correction=0)
-        want = shifted_moments(mean, var, m.running_mean, m.running_var, m.eps) if mode == "rs" else (torch.zeros_like(mean), var / (var + m.eps))
-        affine = lambda t: t if m.weight is None else t * m.weight.view(-1, *[1] * (t.dim() - 2)) + m.bias.view(-1, *[1] * (t.dim() - 2))
-        layer = (affine(z) - out).abs().max() / out.abs().max().clamp(min=1)          # the layer does what the formula is about
-        error = max(((z.mean(dims) - want[0]).abs() / (1 + want[0].abs())).max().item(), ((z.var(dims, correction=0) - want[1]).abs() / (1 + want[1])).max().item(), layer.item())
+        want = (
+            shifted_moments(mean, var, m.running_mean, m.running_var, m.eps)
+            if mode == "rs"
+            else (torch.zeros_like(mean), var / (var + m.eps))
+        )
+        affine = lambda t: (
+            t
+            if m.weight is None
+            else t * m.weight.view(-1, *[1] * (t.dim() - 2)) + m.bias.view(-1, *[1] * (t.dim() - 2))
+        )
+        layer = (affine(z) - out).abs().max() / out.abs().max().clamp(min=1)  # the layer does what the formula is about
+        error = max(
+            ((z.mean(dims) - want[0]).abs() / (1 + want[0].abs())).max().item(),
+            ((z.var(dims, correction=0) - want[1]).abs() / (1 + want[1])).max().item(),
+            layer.item(),
+        )
         found[mode].append((error, z.mean(dims).abs().mean().item(), z.var(dims, correction=0).mean().item()))
+
     for mode in found:
         handles = [m.register_forward_hook(lambda m, a, o, mode=mode: hook(m, a, o, mode)) for m in bns]
         try:
-            with bn_mode(net, mode): net(x)
+            with bn_mode(net, mode):
+                net(x)
         finally:
-            for h in handles: h.remove()
+            for h in handles:
+                h.remove()
     rs, cs = (np.array(found[k]) for k in ("rs", "cs"))
-    return {"holds": bool(max(rs[:, 0].max(), cs[:, 0].max()) < tol), "error": rs[:, 0].max(), "cs_error": cs[:, 0].max(), "layers": len(bns),
-            "mean_shift": float(np.median(rs[:, 1])), "scale": float(np.median(rs[:, 2])), "cs_scale": float(np.median(cs[:, 2]))}
+    return {
+        "holds": bool(max(rs[:, 0].max(), cs[:, 0].max()) < tol),
+        "error": rs[:, 0].max(),
+        "cs_error": cs[:, 0].max(),
+        "layers": len(bns),
+        "mean_shift": float(np.median(rs[:, 1])),
+        "scale": float(np.median(rs[:, 2])),
+        "cs_scale": float(np.median(cs[:, 2])),
+    }
 
 # %% ../../nbs/theory/01_laws.ipynb #2135d965
 def irreducible_error(probs, weights=None):
@@ -270,15 +382,23 @@ def irreducible_error(probs, weights=None):
     probs, w = _contexts(probs, weights)
     return (entropy((w[:, None] * probs).sum(-2)) - (w * entropy(probs)).sum(-1)).clamp(min=0)
 
+
 def entropy(probs):
     "Shannon entropy over the last axis, nats: (…, C) → (…)."
     return torch.special.entr(probs).sum(-1)
 
+
 def _contexts(probs, weights):
     probs = torch.as_tensor(probs).double()
-    w = torch.full((probs.shape[-2],), 1 / probs.shape[-2], dtype=torch.float64) if weights is None else torch.as_tensor(weights).double()
-    if len(w) != probs.shape[-2] or (w < 0).any() or abs(w.sum() - 1) > 1e-6: raise ValueError(f"weights must be the probabilities of {probs.shape[-2]} contexts")
+    w = (
+        torch.full((probs.shape[-2],), 1 / probs.shape[-2], dtype=torch.float64)
+        if weights is None
+        else torch.as_tensor(weights).double()
+    )
+    if len(w) != probs.shape[-2] or (w < 0).any() or abs(w.sum() - 1) > 1e-6:
+        raise ValueError(f"weights must be the probabilities of {probs.shape[-2]} contexts")
     return probs, w
+
 
 def best_invariant_student(probs, weights=None, steps=200):
     """The best single answer to all contexts, by optimising its logits: (expected KL in nats (…), its probabilities (…, C)).
@@ -290,12 +410,20 @@ def best_invariant_student(probs, weights=None, steps=200):
     logits = torch.zeros(*probs.shape[:-2], probs.shape[-1], dtype=torch.float64, requires_grad=True)
     own = torch.special.xlogy(probs, probs).sum(-1)
     loss = lambda: (w * (own - (probs * logits.log_softmax(-1)[..., None, :]).sum(-1))).sum(-1)
-    opt = torch.optim.LBFGS([logits], max_iter=steps, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    opt = torch.optim.LBFGS(
+        [logits], max_iter=steps, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
     def closure():
-        opt.zero_grad(); total = loss().sum(); total.backward()
+        opt.zero_grad()
+        total = loss().sum()
+        total.backward()
         return total
+
     opt.step(closure)
-    with torch.no_grad(): return loss(), logits.softmax(-1)
+    with torch.no_grad():
+        return loss(), logits.softmax(-1)
+
 
 def monte_carlo_error(probs):
     """The irreducible error from sampled contexts: a dict `low` (formula on all), `high` (p̄ of one half on the other), `se`.
@@ -304,12 +432,20 @@ def monte_carlo_error(probs):
     Source: NormShift-KD, Eq. 17 to 19.
     """
     probs = torch.as_tensor(probs).double()
-    if len(probs) < 4: raise ValueError(f"a Monte Carlo estimate needs at least 4 contexts, not {len(probs)}")
+    if len(probs) < 4:
+        raise ValueError(f"a Monte Carlo estimate needs at least 4 contexts, not {len(probs)}")
     halves = probs[::2], probs[1::2]
     kl = torch.cat([_kl(a, b.mean(0).clamp(min=1e-300)) for a, b in (halves, halves[::-1])])
-    return {"low": irreducible_error(probs).item(), "high": kl.mean().item(), "se": (kl.std() / math.sqrt(len(kl))).item()}
+    return {
+        "low": irreducible_error(probs).item(),
+        "high": kl.mean().item(),
+        "se": (kl.std() / math.sqrt(len(kl))).item(),
+    }
 
-def _kl(p, q): return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1)
+
+def _kl(p, q):
+    return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1)
+
 
 def check_proposition_51(probs, weights=None, draws=4000, generator=None, tol=1e-6):
     """Proposition 5.1 on known contexts, three ways: a dict with `holds`, `closed_form`, `optimised`, `monte_carlo`.
@@ -322,8 +458,13 @@ def check_proposition_51(probs, weights=None, draws=4000, generator=None, tol=1e
     closed, (optimised, _) = irreducible_error(probs, w).item(), best_invariant_student(probs, w)
     mc = monte_carlo_error(probs[torch.multinomial(w, draws, replacement=True, generator=generator)])
     inside = mc["low"] - 4 * mc["se"] - tol <= closed <= mc["high"] + 4 * mc["se"] + tol
-    return {"holds": bool(abs(optimised.item() - closed) < tol and inside), "closed_form": closed, "optimised": optimised.item(), "monte_carlo": mc,
-            "positive": closed > tol}
+    return {
+        "holds": bool(abs(optimised.item() - closed) < tol and inside),
+        "closed_form": closed,
+        "optimised": optimised.item(),
+        "monte_carlo": mc,
+        "positive": closed > tol,
+    }
 
 # %% ../../nbs/theory/01_laws.ipynb #febbdd1a
 @torch.no_grad()
@@ -333,13 +474,15 @@ def context_probabilities(net, fixed, draw, contexts=30, batch=128, mode="cs", t
     `fixed` (inputs, …); `draw(n, generator)` gives the others, such as a sampler. Each fixed input stands alone in its
     batch of `batch`, the company is the same for all of them. `mode`: "cs" or "rs". Source: NormShift-KD, Appendix D.4.
     """
-    if batch < 2: raise ValueError(f"a context needs at least one other input: batch must be 2 or more, not {batch}")
+    if batch < 2:
+        raise ValueError(f"a context needs at least one other input: batch must be 2 or more, not {batch}")
     out = []
     with bn_mode(net, mode):
         for _ in range(contexts):
             company = draw(batch - 1, generator=generator)
             out.append(torch.stack([(net(torch.cat([x[None], company]))[0].double() / tau).softmax(-1) for x in fixed]))
     return torch.stack(out, 1)
+
 
 def error_share(probs):
     """What of a teacher's answers is about the company and not about the input: I(Y;B|X) / I(Y;X,B), in [0, 1].
@@ -353,5 +496,6 @@ def error_share(probs):
 # %% ../../nbs/theory/01_laws.ipynb #2eab81fa
 def context_floor(teacher, tau=1.0):
     "The least `context_loss` of any student that answers the same in every batch: mean I(Y; B | X = x), nats (Proposition 5.1)."
-    if teacher is None: return math.nan
+    if teacher is None:
+        return math.nan
     return irreducible_error((teacher.logits.double() / tau).softmax(2)).mean().item()
