@@ -255,13 +255,14 @@ def parameter_cells(notebook):
 
 
 def assigned(source):
-    "The literals that a cell assigns: {name: value}."
-    return {
-        t.id: ast.literal_eval(node.value)
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign)
-        for t in node.targets
-    }
+    "The literals that a cell assigns, annotated or not: {name: value}."
+    found = {}
+    for node in ast.parse(source).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        found |= {target.id: ast.literal_eval(node.value) for target in targets}
+    return found
 
 
 def _equal(recorded, default):
