@@ -187,7 +187,8 @@ def _ledger_claim(path, number):
     checks = {}
     for check in entry["checks"]:
         checks.setdefault(check["run"], []).append(_told(check))
-    return [_explain_run(path.parent / entry["tier"] / run, claim="; ".join(told)) for run, told in checks.items()]
+    tier = path.parent / entry["tier"]
+    return [_explain_run(tier / run, claim="; ".join(told)) for run, told in checks.items()]
 
 # %% ../../nbs/experiments/07_explain.ipynb #b322e895
 def _command(folder, commit, parameters, notebook):
@@ -260,7 +261,7 @@ _NO_TEXT = re.compile(r"True|False|None|[-+.\d].*|nan|inf(inity)?", re.I)
 
 
 def _option(name, value):
-    "A parameter as papermill's command line takes it: -p guesses the type, -r is text, -y is YAML, which includes JSON."
+    "A parameter as papermill's command line takes it: -p guesses the type, -r is text, -y is YAML (JSON is)."
     if isinstance(value, str):
         kind = "-r" if _NO_TEXT.fullmatch(value) else "-p"
         return f"{kind} {name} {shlex.quote(value)}"
