@@ -1,8 +1,10 @@
-"""Damaged and hostile files for every loader of nskd: each is read, or refused by a ValueError of one line, and nothing else happens.
+"""Damaged and hostile files for every loader of nskd: each is read, or refused by a ValueError of one line, and
+nothing else happens.
 
-`python tests/fuzz.py [N] [SEED]` makes N files, each from its own number, and lets the loaders read them in forked processes. A finding is any
-other exception, a message of several lines, more than `SECONDS` a file, a process that dies, and any change outside the case's own folder; the
-payloads of hostile files leave a file there. `--case NUMBER` reads one case again, in this process. Notebooks of the library have none of this.
+`python tests/fuzz.py [N] [SEED]` makes N files, each from its own number, and lets the loaders read them in forked
+processes. A finding is any other exception, a message of several lines, more than `SECONDS` a file, a process that
+dies, and any change outside the case's own folder; the payloads of hostile files leave a file there. `--case NUMBER`
+reads one case again, in this process. Notebooks of the library have none of this.
 """
 
 import argparse
@@ -192,7 +194,10 @@ def payload(canary):
 
 
 def rezip(data, change):
-    "The zip archive `data` with `change(name, content)` for each of its members, and right checksums; None leaves one out."
+    """The zip archive `data` with `change(name, content)` for each of its members, and right checksums.
+
+    None leaves one out.
+    """
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
         for info in old.infolist():
@@ -242,7 +247,10 @@ def read_safetensors(path):
 
 
 def _each(read, path):
-    "Several loaders may read one file; a refusal by one doesn't keep it from the next, and the file counts as refused if all refuse it."
+    """Several loaders may read one file.
+
+    A refusal by one doesn't keep it from the next, and the file counts as refused if all refuse it.
+    """
     try:
         read(path)
         READ.append(read)

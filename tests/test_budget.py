@@ -1,4 +1,6 @@
-"""Notebooks that run out of time: what is finished is shown, the rest is named, nothing is decided, and the next run goes on to the same numbers."""
+"""Notebooks that run out of time: what is finished is shown, the rest is named, nothing is decided, and the next run
+goes on to the same numbers.
+"""
 
 import json
 import shutil

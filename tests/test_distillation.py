@@ -1,4 +1,6 @@
-"""What distil promises beside its result: an untouched teacher, flat memory, determinism, and errors that name the step."""
+"""What distil promises beside its result: an untouched teacher, flat memory, determinism, and errors that name the
+step.
+"""
 
 import weakref
 

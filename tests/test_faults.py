@@ -231,7 +231,10 @@ def children(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the kernel")
 def test_a_notebook_whose_kernel_is_killed_goes_on(repo, tmp_path):
-    "papermill's kernel dies with a student half trained; the same command ends with the numbers of a run that was left alone."
+    """papermill's kernel dies with a student half trained.
+
+    The same command ends with the numbers of a run that was left alone.
+    """
     options = dict(
         students="wrn16",
         norms="bn",
@@ -288,7 +291,10 @@ def test_a_notebook_whose_kernel_is_killed_goes_on(repo, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_random_states_of_a_gpu_survive(tmp_path, precision):
-    "A student with dropout on a GPU: stopped at every checkpoint and continued, with other random numbers drawn in between."
+    """A student with dropout on a GPU.
+
+    Stopped at every checkpoint and continued, with other random numbers drawn in between.
+    """
 
     def make(seed):
         torch.manual_seed(seed)

@@ -1,7 +1,8 @@
 """A step on a GPU: never a look at a value, for which the processor would wait, and nothing on the wrong device.
 
-Most of it is rehearsed without one. PyTorch's fake tensors know a device, a type and a shape and no values, so that any look at one is an error,
-and so is an operation on tensors of two devices. What they can't do here is learn: that half is watched on a CPU.
+Most of it is rehearsed without one. PyTorch's fake tensors know a device, a type and a shape and no values, so that
+any look at one is an error, and so is an operation on tensors of two devices. What they can't do here is learn: that
+half is watched on a CPU.
 """
 
 from functools import partial

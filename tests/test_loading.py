@@ -1,4 +1,6 @@
-"""Files that would run code, write files or fill the memory if a loader trusted them: each is refused in one sentence, and nothing happens."""
+"""Files that would run code, write files or fill the memory if a loader trusted them: each is refused in one
+sentence, and nothing happens.
+"""
 
 import io
 import json

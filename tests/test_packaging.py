@@ -34,9 +34,7 @@ STUDIES = {p.stem for p in NOTEBOOKS if re.fullmatch("(functional|luminet|singer
     "recipe",
 }
 # These are run by papermill, so each must have a cell of parameters.
-PARAMETERISED = re.compile(
-    r"(table|figure|luminet_|functional_|singer_|distill|theory|claims|protocol|track_record|deployment|benchmark|precision|recipe).*\.ipynb"
-)
+PARAMETERISED = RUNS | STUDIES | {"distill"}
 
 
 def read(path):
@@ -124,7 +122,7 @@ def test_notebook_is_what_papermill_needs(path):
     notebook = read(path)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     tagged = parameter_cells(notebook)
-    if PARAMETERISED.fullmatch(path.name):
+    if path.stem in PARAMETERISED:
         assert len(tagged) == 1, "a notebook with parameters needs exactly one tagged cell"
     assert len(tagged) <= 1 and all(c["cell_type"] == "code" for c in tagged)
     assert not any(o["output_type"] == "error" for c in notebook["cells"] for o in c.get("outputs", []))

@@ -1,4 +1,6 @@
-"""nskd.experiments.explain.explain over everything that is published: the command it prints is papermill's, and gives the parameters that are recorded."""
+"""nskd.experiments.explain.explain over everything that is published: the command it prints is papermill's, and gives
+the parameters that are recorded.
+"""
 
 import json
 import re
