@@ -420,9 +420,10 @@ def program_damage(data, rng, canary):
         return data
     if kind == 5:
         return one_member(data, rng, lambda content: damage(content, rng))
-    change = lambda content: json.dumps(
-        odd(json.loads(content), rng, hostile_strings(canary) if kind == 6 else ODD)
-    ).encode()
+
+    def change(content):
+        return json.dumps(odd(json.loads(content), rng, hostile_strings(canary) if kind == 6 else ODD)).encode()
+
     return one_member(data, rng, change, lambda name: name.endswith(".json"))
 
 
@@ -513,7 +514,8 @@ def read_results(path):
 def yaml_originals():
     folder = Path(__file__).resolve().parents[1] / "params"
     return [p.read_bytes() for p in sorted(folder.rglob("*.yaml"))] + [
-        b"teacher: wrn28\nseeds: [0, 1]\nwidth: {wrn28: 1, wrn16: 1}\nstudents: paper\nlr: 1.0e-3\ndevice: cpu\nprecision: fp32\n"
+        b"teacher: wrn28\nseeds: [0, 1]\nwidth: {wrn28: 1, wrn16: 1}\nstudents: paper\n"
+        b"lr: 1.0e-3\ndevice: cpu\nprecision: fp32\n"
     ]
 
 
@@ -867,7 +869,10 @@ def _killed_when_silent(pid):
         os.kill(pid, signal.SIGKILL)
 
     old = signal.signal(signal.SIGALRM, kill)
-    heard = lambda: signal.alarm(WAIT)
+
+    def heard():
+        return signal.alarm(WAIT)
+
     heard()
     try:
         yield heard

@@ -1,11 +1,12 @@
-"""nskd.data: what the notebook can't show well: broken archives, wrong layouts, caches, no network, the CIFAR archive."""
+"""nskd.data: what the notebook can't show well: broken archives, wrong layouts, caches, no network, the CIFAR
+archive.
+"""
 
 import io
 import os
 import pickle
 import sys
 import tarfile
-import time
 import tracemalloc
 import types
 import zipfile
@@ -160,7 +161,7 @@ def test_batches_are_an_epoch():
 
     x, y = epoch()
     assert torch.equal(x, ds.test_images) and torch.equal(y, ds.test_labels)
-    (a, p), (b, q), (c, r) = epoch(1), epoch(1), epoch(2)
+    (a, p), (b, q), (c, _r) = epoch(1), epoch(1), epoch(2)
     assert torch.equal(a, b) and torch.equal(p, q) and not torch.equal(a, c)
     order = torch.randperm(450, generator=torch.Generator().manual_seed(1))
     assert torch.equal(a, x[order]) and torch.equal(p, y[order])
@@ -234,7 +235,9 @@ def test_no_network_says_which_files_to_put_where(monkeypatch, tmp_path, error):
 
 def test_layouts_of_torchvision_become_nchw(monkeypatch):
     rng = np.random.default_rng(0)
-    pixels = lambda *shape: rng.integers(0, 256, shape, dtype=np.uint8)
+
+    def pixels(*shape):
+        return rng.integers(0, 256, shape, dtype=np.uint8)
 
     def cifar(root, train, download):
         return types.SimpleNamespace(data=pixels(6, 32, 32, 3), targets=[0, 1, 2, 3, 4, 5], classes=list("abcdefghij"))

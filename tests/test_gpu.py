@@ -254,7 +254,10 @@ def test_aligned_networks_are_one_graph(kind):
             torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Flatten(), torch.nn.Linear(192, 10)
         )
     )
-    trace = lambda: torch.compile(_alone(network), backend="eager", fullgraph=True, dynamic=False)
+
+    def trace():
+        return torch.compile(_alone(network), backend="eager", fullgraph=True, dynamic=False)
+
     x = torch.randn(4, 3, 8, 8)
     with teacher_context(network), torch.no_grad():
         torch.testing.assert_close(trace()(x), network(x), rtol=1e-4, atol=1e-5)

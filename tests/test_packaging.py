@@ -268,7 +268,9 @@ class TestMake:
         assert ".venv/bin/papermill nbs/table2.ipynb 'outputs/table2-r34.ipynb' -p teacher 'r34' -p seeds 2" in plan
 
     def test_every_notebook_has_a_target(self):
-        plan = lambda *words: self.make("-n", "-o", ".venv/.ok", *words).stdout
+        def plan(*words):
+            return self.make("-n", "-o", ".venv/.ok", *words).stdout
+
         for name in RUNS - {"table2", "table4", "claims"} | STUDIES:
             there = next(p for p in NOTEBOOKS if p.stem == name).relative_to(ROOT)
             assert f".venv/bin/papermill {there} 'outputs/{name}.ipynb'  -p seeds 2\n" in plan(

@@ -212,7 +212,10 @@ def refusals(rank):
 def program(folder):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    everything = lambda rank: {"coupled": coupled()} | {case: watched(case) for case in CASES}
+
+    def everything(rank):
+        return {"coupled": coupled()} | {case: watched(case) for case in CASES}
+
     torch.save(everything(0), folder / "alone.pt")
     for n in (2, 4):
         job(n, everything, folder / f"same{n}")

@@ -26,9 +26,10 @@ def test_wrn28_reaches_its_accuracy_on_digits(norm, least):
 
 def test_same_seed_same_bits_and_another_seed_others():
     ds, recipe = load_dataset("digits"), TeacherRecipe(epochs=1)
-    train = lambda seed, **kw: train_teacher(
-        "wrn16", ds, width=1, seed=seed, recipe=recipe.replace(**kw), progress=False
-    )
+
+    def train(seed, **kw):
+        return train_teacher("wrn16", ds, width=1, seed=seed, recipe=recipe.replace(**kw), progress=False)
+
     first = train(0).record
     again = train(0)
     assert again.record["cached"] and tensors_key(again.state_dict()) == first["key"]
