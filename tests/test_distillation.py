@@ -10,12 +10,11 @@ from nskd.data import load_dataset
 from nskd.distillation import DistillConfig, distill, ledger_of
 from nskd.supervision import TeacherBatches
 from nskd.experiments.runner import run_cells
-from nskd.experiments.parameters import table_cells
-from nskd.experiments.parameters import TableParameters
 from nskd.models import create_model
 from nskd.norms import norm_kinds, teacher_context
 from nskd.engine.keys import tensors_key
 from nskd.samplers import Sampler, create_sampler
+from nskd.tables.methods import TableParameters, table_cells
 
 SHORT = DistillConfig(steps=4, eval_every=2, batch_size=32, k=2)
 
