@@ -1,4 +1,4 @@
-"""A cached result is never served after a change of the code that it depends on, and that code is found by the library."""
+"""A cached result is never served after its code has changed, and that code is found by the library."""
 
 import ast
 import os
