@@ -46,21 +46,27 @@ def _notebooks(root):
 def notebook_parameters(name, root=None):
     """The parameters of notebook `name`: (defaults by name, the model that checks them).
 
-    ValueError with the nearest name for a notebook that is not there or has no parameters.
+    ValueError with the nearest name for a notebook that is not there or has no parameters, and for one without a check.
     """
     there = _notebooks(root or repo_root())
     if name not in there:
         raise ValueError(unknown_name("notebook with parameters", name, there))
-    model, modules = (
-        "TableParameters",
-        {"TableParameters": "nskd.experiments.parameters"},
-    )  # `check_parameters`' own default
-    for node in (n for cell in _code_cells(there[name]) for n in ast.walk(ast.parse(cell))):
-        if isinstance(node, ast.ImportFrom):
-            modules |= {a.name: node.module for a in node.names}
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_parameters" and len(node.args) > 1:
-            model = node.args[1].id
-    return assigned(parameter_cells(there[name])[0]), getattr(importlib.import_module(modules[model]), model)
+    model, module = _checked_model(there[name])
+    if model is None:
+        raise ValueError(f"{name} does not check its parameters: it calls no check_parameters(globals(), MODEL)")
+    return assigned(parameter_cells(there[name])[0]), getattr(importlib.import_module(module), model)
+
+
+def _checked_model(notebook):
+    "The model in the notebook's call of `check_parameters` and the module that it comes from: (name, name), or Nones."
+    model, modules = None, {}
+    for cell in _code_cells(notebook):
+        for node in ast.walk(ast.parse(cell)):
+            if isinstance(node, ast.ImportFrom):
+                modules |= {a.name: node.module for a in node.names}
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_parameters":
+                model = node.args[1].id
+    return model, modules.get(model)
 
 # %% ../../nbs/experiments/09_grid.ipynb #72fad879
 class Grid(Config):
