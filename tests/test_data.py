@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 from nskd import data, image_files
-from nskd.dataset import Dataset
 from nskd.data import list_datasets, load_dataset
+from nskd.dataset import Dataset
+from nskd.engine.vision import torchvision
 
 CIFAR = Path(__file__).resolve().parents[1] / "../shared/data/cifar10_jpeg.tar.xz"
 GOOD = {
@@ -197,9 +198,9 @@ def test_fingerprint_sees_every_change():
 
 
 def pretend_torchvision(monkeypatch, **kinds):
-    fake = types.ModuleType("nskd.vision")
+    fake = types.ModuleType("nskd.engine.vision")
     fake.torchvision = types.SimpleNamespace(datasets=types.SimpleNamespace(**kinds))
-    monkeypatch.setitem(sys.modules, "nskd.vision", fake)
+    monkeypatch.setitem(sys.modules, "nskd.engine.vision", fake)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +261,7 @@ def test_layouts_of_torchvision_become_nchw(monkeypatch):
 
 
 def test_what_is_said_about_torchvision_is_true():
-    vision = pytest.importorskip("nskd.vision", reason="nskd.vision is not there")
-    sets = vision.torchvision.datasets
+    sets = torchvision.datasets
     assert list_datasets() == ["digits", "digits100", *data._DOWNLOADS]
     for name, (kind, mean, std, files, below, url) in data._DOWNLOADS.items():
         cls = getattr(sets, kind)
@@ -275,7 +275,6 @@ def test_what_is_said_about_torchvision_is_true():
 
 
 def test_real_torchvision_without_the_files(tmp_path):
-    pytest.importorskip("nskd.vision", reason="nskd.vision is not there")
     for name in data._DOWNLOADS:
         with fails(FileNotFoundError, name, str(tmp_path), "download=False"):
             load_dataset(name, root=tmp_path, download=False)
@@ -283,8 +282,7 @@ def test_real_torchvision_without_the_files(tmp_path):
 
 def test_a_cifar_file_runs_no_code(tmp_path, monkeypatch):
     "torchvision unpickles what it finds; here with its checksums switched off, so that only our unpickler stands in between."
-    vision = pytest.importorskip("nskd.vision", reason="nskd.vision is not there")
-    cifar = vision.torchvision.datasets.cifar
+    cifar = torchvision.datasets.cifar
     monkeypatch.setattr(cifar, "check_integrity", lambda *a, **k: True)
     monkeypatch.setattr(cifar.CIFAR10, "_check_integrity", lambda self: True)
     folder = tmp_path / "cifar-10-batches-py"
@@ -460,8 +458,7 @@ def test_mixed_sizes(tmp_path):
 
 
 def test_crop_is_resize_and_centre_crop():
-    vision = pytest.importorskip("nskd.vision", reason="nskd.vision is not there")
-    v2 = vision.torchvision.transforms
+    v2 = torchvision.transforms
     y, x = np.mgrid[:300, :420]
     image = np.stack([128 + 90 * np.sin(x / 17), 128 + 90 * np.cos(y / 23), (x + y) / 3], 2).astype(np.uint8)
     file = io.BytesIO()
