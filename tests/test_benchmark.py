@@ -63,7 +63,7 @@ def test_both_loops_ask_the_same_question(norm):
     x = torch.randn(24, 1, 8, 8)
     plain, ours = Plain(Case("digits", "cpu", norm, "fp32", 2, 24)), Ours(Case("digits", "cpu", norm, "fp32", 2, 24))
     with torch.no_grad():
-        torch.testing.assert_close(plain.teacher(x), ours.job.supervise.query(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(plain.teacher(x), ours.job.batches.query(x), rtol=1e-3, atol=1e-3)
     assert plain.step() > 0
     ours.step()
     ours.close()

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+import nskd.engine.training
 import nskd.teachers
 from nskd.engine.checkpoints import Checkpoints
 from nskd.data import load_dataset
@@ -162,7 +163,7 @@ class TestTeachers:
         "A checkpoint after every step, and death at every step in turn, in the middle of an epoch too."
         whole = self.train(recipe).record
         monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path / "parts"))
-        monkeypatch.setattr(nskd.teachers, "CHECKPOINT_SECONDS", 0)
+        monkeypatch.setattr(nskd.engine.training, "CHECKPOINT_SECONDS", 0)
         take, deaths = nskd.teachers.TeacherTraining.take_step, []
 
         def step(job, *batch):

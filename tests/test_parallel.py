@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from nskd.engine.checkpoints import Checkpoints
-from nskd.distillation import DistillConfig, _Job, distill
+from nskd.distillation import Distillation, DistillConfig, distill
 from faults import finish, start
 from nskd.norms import align_batch
 from nskd.engine.shared_batch import current, over_processes, processes, sum_gradients
@@ -82,10 +82,10 @@ def data():
 
 def watched(case):
     "A run of `case`: what every step saw, and the student after it."
-    seen, (look, add) = [], (_Job.look, sum_gradients)
+    seen, (forward, add) = [], (Distillation.forward, sum_gradients)
 
     def listen(job):
-        found = look(job)
+        found = forward(job)
         seen.append(
             {
                 "inputs": found[0].clone(),
@@ -101,11 +101,11 @@ def watched(case):
         add(parameters)
         seen[-1]["gradients"] = torch.cat([p.grad.flatten() for p in parameters])
 
-    _Job.look, distill.__globals__["sum_gradients"] = listen, listen_too
+    Distillation.forward, distill.__globals__["sum_gradients"] = listen, listen_too
     try:
         result = distill(*nets(case), CASES[case], test_data=data(), progress=False)
     finally:
-        _Job.look, distill.__globals__["sum_gradients"] = look, add
+        Distillation.forward, distill.__globals__["sum_gradients"] = forward, add
     buffers = {n: b for n, b in result.student.named_buffers()}
     return {
         "steps": seen,
@@ -152,18 +152,18 @@ def job(n, work, folder):
 
 def long(run, harm=None, cfg=LONG):
     "A run of eight steps with `harm(rank, step)` before each."
-    step = _Job.take_step
+    step = Distillation.take_step
 
     def harmed(job):
         if harm:
             harm(current().rank, job.step)
         step(job)
 
-    _Job.take_step = harmed
+    Distillation.take_step = harmed
     try:
         result = distill(net(0), net(1), cfg, run, data(), progress=False)
     finally:
-        _Job.take_step = step
+        Distillation.take_step = step
     return {
         "state": result.state,
         "step": result.step,
