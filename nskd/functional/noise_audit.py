@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'NoiseAudit', 'setting_name', 'answers', 'real_student', 'nearest_accuracy', 'run', 'by_seed', 'gap',
            'audit_test', 'table', 'teachers_table', 'figure', 'claims']
 
-# %% ../../nbs/functional/08_noise_audit.ipynb #a38daa9c
+# %% ../../nbs/functional/08_noise_audit.ipynb #96cbde28
 from typing import Annotated, ClassVar
 
 import matplotlib.pyplot as plt
@@ -20,6 +20,7 @@ from ..engine.files import load_tensors, save_tensors
 from ..engine.hardware import pick_device, threads
 from ..engine.runs import cached
 from ..engine.style import COLOURS, use_style
+from ..engine.training import Job, run as run_training
 from ..engine.workers import pick_workers, run_parallel
 from ..evaluation import eval_batches
 from ..experiments.cells import cell_student, cell_teacher, new_student
@@ -94,7 +95,7 @@ def answers(net, images, mode="cs", batch_size=256):
             found[idx] = z
     return found
 
-# %% ../../nbs/functional/08_noise_audit.ipynb #18e3743b
+# %% ../../nbs/functional/08_noise_audit.ipynb #1761aea1
 def real_student(p, cell):
     """Test answers in CS mode of the student of `cell`, trained by real images and labels: (points, N, classes).
 
@@ -115,9 +116,10 @@ def real_student(p, cell):
     }
 
     def make(directory):
+        job = _RealTraining(net.to(device), ds, p, cell.seed, device)
         with threads(1):
-            points = _train_on_labels(net.to(device), ds, p, cell.seed, device)
-        save_tensors(directory / "answers.safetensors", {"answers": torch.stack(points)})
+            run_training(job, evaluate_every=p.real_every, progress=False)
+        save_tensors(directory / "answers.safetensors", {"answers": torch.stack(job.points)})
         return {"seed": cell.seed}
 
     record = cached(
@@ -126,25 +128,32 @@ def real_student(p, cell):
     return load_tensors(f"{record['directory']}/answers.safetensors")["answers"]
 
 
-def _train_on_labels(net, ds, p, seed, device):
-    "Answers on the test images every `p.real_every` steps, and after the last one."
-    opt, points = torch.optim.Adam(net.parameters(), p.lr), []
-    batches = _endless_batches(ds, min(p.batch_size, len(ds.train_labels)), torch.Generator().manual_seed(seed))
-    for step in range(1, p.real_steps + 1):
-        x, y = next(batches)
-        net.train()
-        loss = F.cross_entropy(net(x.to(device)), y.to(device))
-        opt.zero_grad()
+class _RealTraining(Job):
+    "The training of `net` on images and labels of `ds`; `points` are its answers on the test images on the way."
+
+    def __init__(self, net, ds, p, seed, device):
+        super().__init__(p.real_steps, device)
+        self.net, self.ds, self.points = net, ds, []
+        self.opt = torch.optim.Adam(net.parameters(), p.lr)
+        self.batches = _endless_batches(ds, min(p.batch_size, len(ds.train_labels)), seed)
+
+    def take_step(self):
+        x, y = next(self.batches)
+        self.net.train()
+        loss = F.cross_entropy(self.net(x.to(self.device)), y.to(self.device))
+        self.opt.zero_grad()
         loss.backward()
-        opt.step()
-        if step % p.real_every == 0 or step == p.real_steps:
-            points.append(answers(net.eval(), ds.test_images))
-    return points
+        self.opt.step()
+        self.step += 1
+
+    def evaluate(self):
+        self.points.append(answers(self.net.eval(), self.ds.test_images))
 
 
-def _endless_batches(ds, batch_size, generator):
+def _endless_batches(ds, batch_size, seed):
+    g = torch.Generator().manual_seed(seed)
     while True:
-        yield from ds.batches("train", batch_size, generator=generator)
+        yield from ds.batches("train", batch_size, generator=g)
 
 # %% ../../nbs/functional/08_noise_audit.ipynb #1e7d9d1e
 def nearest_accuracy(points, labels, accuracy):

@@ -6,7 +6,9 @@
 __all__ = ['KINDS', 'Student', 'conditions', 'condition_loss', 'Task', 'ImageTask', 'PreparedImages', 'network_state',
            'set_state', 'train_students']
 
-# %% ../../nbs/functional/02_students.ipynb #603080c9
+# %% ../../nbs/functional/02_students.ipynb #64af9cf5
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import Field
@@ -15,8 +17,9 @@ from torch.func import functional_call, stack_module_state, vmap
 import torch.nn.functional as F
 
 from ..data import load_dataset
+from ..engine.checkpoints import optimiser_tensors, restore_optimiser
 from ..engine.config import Config, one_of
-from ..engine.hardware import deterministic
+from ..engine.training import Job, run
 from ..models import create_model
 from ..samplers import rejection_sample
 
@@ -181,26 +184,29 @@ class _Single:
     def networks(self):
         return [self.net.eval()]
 
-# %% ../../nbs/functional/02_students.ipynb #cf10fc19
+# %% ../../nbs/functional/02_students.ipynb #c9694449
 def network_state(net):
     "Weights and buffers of `net` by name; what several of its layers share is there once."
     return dict((*net.named_parameters(), *net.named_buffers()))
 
 
-@torch.no_grad()
 def set_state(net, state):
     "Copy a `network_state` into `net`."
-    for name, tensor in network_state(net).items():
+    _copy_state(network_state(net), state)
+
+
+@torch.no_grad()
+def _copy_state(into, state):
+    for name, tensor in into.items():
         tensor.copy_(state[name])
 
-# %% ../../nbs/functional/02_students.ipynb #bb47d7bd
-class _StackTraining:
-    "A stack of students on its way, step by step; `task` is a prepared one."
+# %% ../../nbs/functional/02_students.ipynb #f8da6e6f
+class _StackTraining(Job):
+    "The training of one stack of students; `task` is a prepared one."
 
     def __init__(self, task, init_seed, students, teacher, way, device, watch, dtype):
-        self.task, self.teacher, self.watch = task, teacher, watch
-        self.device, self.dtype = torch.device(device), dtype
-        self.total, self.step = task.task.steps, 0
+        super().__init__(task.task.steps, torch.device(device))
+        self.task, self.teacher, self.watch, self.dtype = task, teacher, watch, dtype
         nets = [task.build(init_seed).to(self.device, dtype).train() for _ in students]
         if way == "stacked" and _has_dropout(nets[0]):
             raise ValueError(
@@ -211,6 +217,13 @@ class _StackTraining:
         self.seeds = sorted({s.seed for s in students})
         self.orders = torch.stack([task.order(seed) for seed in self.seeds])
         self.batch_of, self.rows_of = self._places(students)
+        self.loss = torch.zeros(())
+
+    @contextmanager
+    def at_work(self):
+        with super().at_work():
+            torch.manual_seed(self.seeds[0])  # dropout's masks
+            yield
 
     def _places(self, students):
         "Which of the batches each student gets, (M,), and the rows of the students of each condition."
@@ -256,16 +269,22 @@ class _StackTraining:
     def check_finite(self):
         if not torch.isfinite(self.loss):
             raise FloatingPointError(f"the students' loss is {self.loss.item()} after {self.step} steps: lower lr")
+        if not all(torch.isfinite(w).all() for w in self.stack.weights.values()):
+            raise FloatingPointError(f"the students' weights are not finite after {self.step} steps: lower lr")
 
-    def run(self):
-        "Train to the end; the networks."
-        devices = [self.device] if self.device.type == "cuda" else []
-        with deterministic(self.device), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.seeds[0])  # dropout's masks
-            while self.step < self.total:
-                self.take_step()
-        self.check_finite()
-        return self.stack.networks()
+    def tensors(self):
+        random = {"random/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        return {f"net/{name}": t for name, t in self.stack.state().items()} | optimiser_tensors(self.opt) | random
+
+    def restore(self, tensors, meta):
+        super().restore(tensors, meta)
+        _copy_state({f"net/{name}": t for name, t in self.stack.state().items()}, tensors)
+        restore_optimiser(self.opt, tensors)
+        torch.set_rng_state(tensors["random/cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
 
 _DROPOUTS = (
@@ -281,22 +300,34 @@ _DROPOUTS = (
 def _has_dropout(net):
     return any(m.p > 0 for m in net.modules() if isinstance(m, _DROPOUTS))
 
-# %% ../../nbs/functional/02_students.ipynb #332519cc
+# %% ../../nbs/functional/02_students.ipynb #8d6e57bb
 def train_students(
-    task, init_seed, students, teacher=None, way="stacked", device="cpu", watch=None, dtype=torch.float32
+    task,
+    init_seed,
+    students,
+    teacher=None,
+    way="stacked",
+    device="cpu",
+    watch=None,
+    dtype=torch.float32,
+    directory=None,
 ):
     """Train one network for each `Student`, all from the weights of `init_seed`; networks in evaluation mode.
 
     `task`: a prepared one. `teacher`: a network in evaluation mode, needed where a condition is KD. `way`: "stacked"
     (all at once) or "single" (one by one); equal up to rounding. `watch(step, seeds, inputs)` is shown what is fed:
-    inputs (S, B, …), one batch for each of S different seeds. ValueError for "stacked" networks with dropout, and for
-    KD without a teacher; FloatingPointError where the loss is not finite at the end.
+    inputs (S, B, …), one batch for each of S different seeds. `directory`: where checkpoints lie, from which a call
+    with the same arguments goes on; the caller removes it. ValueError for "stacked" networks with dropout, and for KD
+    without a teacher; FloatingPointError where training diverges.
     """
     one_of(way, ("stacked", "single"), "way")
     if teacher is None and any(s.kind == "kd" for s in students):
         raise ValueError("a student of KD needs a teacher")
     groups = [students] if way == "stacked" else [[s] for s in students]
     nets = []
-    for group in groups:
-        nets += _StackTraining(task, init_seed, group, teacher, way, device, watch, dtype).run()
+    for i, group in enumerate(groups):
+        job = _StackTraining(task, init_seed, group, teacher, way, device, watch, dtype)
+        run(job, directory and Path(directory) / str(i), progress=False)
+        job.check_finite()
+        nets += job.stack.networks()
     return nets

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['SoftTargets', 'FunctionalStudy', 'VisionTargets', 'predict', 'study_teacher', 'run_study']
 
-# %% ../../nbs/functional/03_study.ipynb #04e04018
+# %% ../../nbs/functional/03_study.ipynb #347571d3
+import shutil
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import pandas as pd
@@ -118,7 +120,7 @@ def predict(net, x, rows=1024):
     device = next(net.parameters()).device
     return torch.cat([net(part.to(device)).float().cpu().flatten(0, -2) for part in x.split(rows)])
 
-# %% ../../nbs/functional/03_study.ipynb #b3c965b2
+# %% ../../nbs/functional/03_study.ipynb #a3cb5409
 def study_teacher(task, seed, device="auto"):
     """The teacher of `seed`, trained as SIDDO is with its own seed's order, or from the cache: (network, record).
 
@@ -128,8 +130,11 @@ def study_teacher(task, seed, device="auto"):
     device, prepared = pick_device(device), task.prepare()
 
     def make(directory):
+        siddo = [Student("siddo", 0.0, seed)]
         with threads(1):
-            (net,) = train_students(prepared, seed, [Student("siddo", 0.0, seed)], way="single", device=device)
+            (net,) = train_students(
+                prepared, seed, siddo, way="single", device=device, directory=directory / "training"
+            )
         save_tensors(directory / "weights.safetensors", network_state(net))
         return {
             "teacher_seed": seed,
@@ -147,9 +152,15 @@ def study_teacher(task, seed, device="auto"):
         device=device,
         code=[type(task)],
     )
+    _remove_checkpoints(record)
     net = prepared.build(seed)
     set_state(net, load_tensors(f"{record['directory']}/weights.safetensors"))
     return net.eval().to(device), record
+
+
+def _remove_checkpoints(record):
+    "Only when the result is stored: killed before that, a finished training goes on from them."
+    shutil.rmtree(Path(record["directory"]) / "training", ignore_errors=True)
 
 
 def _fitness(logits, labels, prefix=""):
@@ -171,7 +182,7 @@ def _config(task, prepared, device, **more):
         **more,
     }
 
-# %% ../../nbs/functional/03_study.ipynb #c7081eeb
+# %% ../../nbs/functional/03_study.ipynb #1b987bb5
 class _StackJob(NamedTuple):
     "The work of one process."
 
@@ -188,7 +199,15 @@ def _stack_rows(job):
     device, prepared = pick_device(job.device), job.task.prepare()
 
     def make(directory):
-        nets = train_students(prepared, job.teacher_seed, job.students, teacher, job.way, device)
+        nets = train_students(
+            prepared,
+            job.teacher_seed,
+            job.students,
+            teacher,
+            job.way,
+            device,
+            directory=directory / "training",
+        )
         x, y = prepared.test
         theirs = predict(teacher, x)
         return {"rows": [_student_row(s, predict(net, x), theirs, y) for s, net in zip(job.students, nets)]}
@@ -201,6 +220,7 @@ def _stack_rows(job):
         device=device,
         code=[type(job.task)],
     )
+    _remove_checkpoints(made)
     return [{"teacher_seed": job.teacher_seed, **row} for row in made["rows"]]
 
 
