@@ -26,9 +26,12 @@ from ..models import create_model
 from ..norms import bn_mode
 from ..teachers import CHECKPOINT_SECONDS, TeacherTraining, augment, pick_threads, teacher_recipe
 
-# %% ../../nbs/luminet/03_labelled.ipynb #f8e19e62
+# %% ../../nbs/luminet/03_labelled.ipynb #3fca4fe0
 class LabelledCell(TeacherCell):
-    "One student trained with labels; `tau` and `weight` as in `nskd.luminet.losses.labelled_loss`, unused by the method ce."
+    """One student trained with labels.
+
+    `tau` and `weight` as in `nskd.luminet.losses.labelled_loss`; the method ce uses neither.
+    """
 
     student: str
     method: str
@@ -41,14 +44,26 @@ class LabelledCell(TeacherCell):
     precision: str = "auto"
 
     def recipe(self, ds):
-        return teacher_recipe(ds, self.student).replace(
-            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, precision=self.precision
+        "The `TeacherRecipe` that the student is trained by on data set `ds`."
+        own = dict(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, precision=self.precision)
+        return teacher_recipe(ds, self.student).replace(**own)
+
+    def model(self, ds):
+        "The arguments of `create_model` for the student on data set `ds`."
+        return dict(
+            name=self.student,
+            num_classes=ds.num_classes,
+            in_channels=ds.channels,
+            image_size=ds.image_size,
+            width=self.student_width,
+            seed=1_000_000 + self.seed,  # not the teacher's stream of random numbers
         )
 
     def title(self):
+        "The method with its temperature and weight, for messages."
         return LABELLED[self.method] + ("" if self.method == "ce" else f", τ = {self.tau:g}, w = {self.weight:g}")
 
-# %% ../../nbs/luminet/03_labelled.ipynb #77ccc095
+# %% ../../nbs/luminet/03_labelled.ipynb #63282ff6
 class _Labelled(TeacherTraining):
     "A student's training with labels and, but for ce, a teacher."
 
@@ -87,68 +102,40 @@ class _Labelled(TeacherTraining):
         if found := kept.load():
             self.restore(*found[1:])
         before = self.seconds
-        spent = lambda: time.perf_counter() - start
         while self.step < self.total:
             for images, labels in self.batches():
                 self.take_step(images, labels)
-                if spent() - saved >= CHECKPOINT_SECONDS:
-                    saved, self.seconds = spent(), before + spent()
+                spent = time.perf_counter() - start
+                if spent - saved >= CHECKPOINT_SECONDS:
+                    saved, self.seconds = spent, before + spent
                     kept.save(self.step, self.tensors(), self.meta())
         self.net.eval()
-        return before + spent()
+        return before + time.perf_counter() - start
 
-
+# %% ../../nbs/luminet/03_labelled.ipynb #f0b9f9ea
 @torch.no_grad()
 def logits_on_test(net, ds, device):
-    "Logits and labels of the test images in the ordinary (RS) mode."
+    "Logits (N, C) of `net` on the test images of `ds` in the ordinary (RS) mode, and their labels (N,), on the CPU."
     with bn_mode(net, "rs"):
         found = [(net(x.to(device)).float().cpu(), y) for x, y in ds.batches("test", 1000)]
-    return tuple(torch.cat(t) for t in zip(*found))
+    logits, labels = zip(*found)
+    return torch.cat(logits), torch.cat(labels)
 
-# %% ../../nbs/luminet/03_labelled.ipynb #28c62101
+# %% ../../nbs/luminet/03_labelled.ipynb #98a4e1e7
 def train_labelled(cell):
-    """Train the student of `cell`, or find it in the cache: a flat record with its `calibration` on the test images, `teacher_accuracy`, `seconds`, `directory`.
+    """Train the student of `cell`, or find it in the cache: a flat record.
 
-    Its test logits and its weights lie in the directory, see `test_logits`. The same bits for the same cell, machine and thread count.
+    The record has the student's `calibration` on the test images, `teacher_accuracy`, `seconds`, `directory`. Its test
+    logits (see `test_logits`) and its weights lie in the directory. The same bits for the same cell, machine and
+    thread count.
     """
     ds, device = load_dataset(cell.dataset), pick_device(cell.options.get("device", "auto"))
     teacher, n_threads = cell_teacher(cell, ds), pick_threads(ds.shape, device)
-    model = dict(
-        name=cell.student,
-        num_classes=ds.num_classes,
-        in_channels=ds.channels,
-        image_size=ds.image_size,
-        width=cell.student_width,
-        seed=1_000_000 + cell.seed,
-    )
-    recipe = cell.recipe(ds)
-    config = {
-        "teacher": teacher.record["key"],
-        "data": ds.fingerprint,
-        "student": model,
-        "method": cell.method,
-        "seed": cell.seed,
-        "device": device.type,
-        "threads": n_threads,
-        **(
-            {}
-            if cell.method == "ce"
-            else {
-                "tau": cell.tau,
-                "weight": cell.weight,
-                "teacher_precision": pick_teacher_precision(recipe.precision, device),
-            }
-        ),
-        "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
-    }
 
     def make(directory):
-        student = create_model(**model)
-        with (
-            threads(n_threads),
-            deterministic(device),
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        ):
+        student = create_model(**cell.model(ds))
+        devices = [device] if device.type == "cuda" else []
+        with threads(n_threads), deterministic(device), torch.random.fork_rng(devices=devices):
             torch.manual_seed(cell.seed)  # dropout, if the network has any
             seconds = _Labelled(cell, student, teacher, ds, device).run(directory)
         logits, labels = logits_on_test(student, ds, device)
@@ -156,13 +143,32 @@ def train_labelled(cell):
         save_tensors(directory / "test_logits.safetensors", {"logits": logits, "labels": labels})
         return {**calibration(logits, labels), "seconds": round(seconds, 2)}
 
+    config = _config(cell, ds, teacher, device, n_threads)
     label = f"{cell.teacher}-{cell.student}-{cell.method}-{ds.name}-{cell.seed}"
-    record = cached(
-        "labelled", config, make, label=label, files=["weights.safetensors", "test_logits.safetensors"], device=device
-    )
+    files = ["weights.safetensors", "test_logits.safetensors"]
+    record = cached("labelled", config, make, label=label, files=files, device=device)
     Checkpoints(record["directory"]).clear()
     fields = ("teacher", "student", "method", "seed", "tau", "weight")
     return {**{k: getattr(cell, k) for k in fields}, "teacher_accuracy": teacher.record["accuracy"]["rs"], **record}
+
+
+def _config(cell, ds, teacher, device, n_threads):
+    "What the student of `cell` depends on, besides code."
+    recipe = cell.recipe(ds)
+    config = {
+        "teacher": teacher.record["key"],
+        "data": ds.fingerprint,
+        "student": cell.model(ds),
+        "method": cell.method,
+        "seed": cell.seed,
+        "device": device.type,
+        "threads": n_threads,
+        "recipe": {**recipe.model_dump(), "precision": pick_precision(recipe.precision, device)},
+    }
+    if cell.method == "ce":
+        return config
+    teacher_precision = pick_teacher_precision(recipe.precision, device)
+    return {**config, "tau": cell.tau, "weight": cell.weight, "teacher_precision": teacher_precision}
 
 
 def test_logits(directory):
@@ -170,18 +176,17 @@ def test_logits(directory):
     found = load_tensors(f"{directory}/test_logits.safetensors")
     return found["logits"], found["labels"]
 
-
+# %% ../../nbs/luminet/03_labelled.ipynb #de55e7d1
 def run_labelled(cells, workers="auto", desc="students"):
-    "Every cell, teachers first, side by side or from the cache: a DataFrame with one row a cell."
+    """The students of all `LabelledCell`s, side by side or from the cache: a DataFrame with one row a cell.
+
+    Teachers are trained first. Equal cells are trained once. ValueError without any cell.
+    """
     cells = list(cells)
     if not cells:
         raise ValueError("there are no students to train: methods and seeds must not be empty")
     train_teachers({c.teachers_work(): c for c in cells}.values(), workers)
     unique = {c.model_dump_json(): c for c in cells}
-    device = cells[0].options.get("device", "auto")
-    done = dict(
-        zip(
-            unique, run_parallel(train_labelled, unique.values(), pick_workers(workers, device, len(unique)), desc=desc)
-        )
-    )
-    return pd.DataFrame([done[c.model_dump_json()] for c in cells])
+    n_workers = pick_workers(workers, cells[0].options.get("device", "auto"), len(unique))
+    records = dict(zip(unique, run_parallel(train_labelled, unique.values(), n_workers, desc=desc)))
+    return pd.DataFrame([records[c.model_dump_json()] for c in cells])
