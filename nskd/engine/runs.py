@@ -65,7 +65,10 @@ def provenance(device="cpu"):
 
 # %% ../../nbs/engine/06_runs.ipynb #20fa8a04
 class Unfinished(Exception):
-    "Time ran out before the result was there; what was done is kept, and the next call goes on. The message says how far it got, `directory` (where known) where."
+    """Time ran out before the result was there; what was done is kept, and the next call goes on.
+
+    The message says how far it got; `directory`, where it is known, in which folder.
+    """
 
     directory = None
 
@@ -74,13 +77,15 @@ class Unfinished(Exception):
 def directory_lock(directory, wait=True):
     """Hold the lock of `directory`, which is made if it isn't there; a second process waits, and says so.
 
-    The lock dies with its holder; the temporary files of one that died are removed. `wait=False`: ValueError instead of waiting.
+    Whoever has it may take it again. It dies with its holder; the temporary files of one that died are removed.
+    `wait=False`: ValueError instead of waiting.
     """
     from filelock import FileLock, Timeout
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock")
+    lock = FileLock((directory / ".lock").resolve(), is_singleton=True)
+    held = lock.is_locked
     try:
         lock.acquire(timeout=0.5 if wait else 0)
     except Timeout:
@@ -89,9 +94,10 @@ def directory_lock(directory, wait=True):
         warnings.warn(f"another process is at work in {directory}: waiting for it", stacklevel=3)
         lock.acquire()
     try:
-        for left in directory.glob(".*.tmp"):
-            if left.is_file():
-                left.unlink()
+        if not held:
+            for left in directory.glob(".*.tmp"):
+                if left.is_file():
+                    left.unlink()
         yield
     finally:
         lock.release()
