@@ -236,7 +236,10 @@ def _aligned(net, alpha):
 
 # %% ../nbs/method/01_norms.ipynb #a767c9b9
 def group_count(channels, groups=32):
-    "Groups of a GroupNorm over `channels`: the largest divisor up to `groups` that leaves at least two channels a group."
+    """Groups of a GroupNorm over `channels`.
+
+    The largest divisor up to `groups` that leaves at least two channels a group.
+    """
     # one channel a group would be InstanceNorm, which erases what a channel says on average
     return max((g for g in range(1, min(groups, channels // 2) + 1) if channels % g == 0), default=1)
 

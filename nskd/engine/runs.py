@@ -51,7 +51,10 @@ def versions():
 
 
 def provenance(device="cpu"):
-    "Who, what and where: commit (without git `$NSKD_COMMIT`), versions, machine, device, threads, time; a JSON-like dict."
+    """Who, what and where.
+
+    Commit (without git `$NSKD_COMMIT`), versions, machine, device, threads, time; a JSON-like dict.
+    """
     dirty = git("status", "--porcelain", "--untracked-files=no", "--", "nskd", "nbs")
     return {
         "commit": git("rev-parse", "HEAD") or os.environ.get("NSKD_COMMIT"),
@@ -112,11 +115,12 @@ def run_dir(kind, config, label=""):
 def cached(kind, config, make, label="", files=(), device="cpu", code=()):
     """The record of a run, made at most once: `make(directory)` is called unless a finished one is found.
 
-    `config`: JSON-like, everything that the result depends on besides the code of `make` (see `code_key`), of what is in `code`, and the
-    versions of the libraries, which are added. `make` writes its files into `directory` and returns a
-    JSON-like record; the record returned here has `directory` and `cached` (bool) added. An unfinished directory, or one
-    that lacks one of `files` or has it with other bytes than were written, is handed to `make` as it is, so that it may
-    resume. `make` may raise `Unfinished`: nothing is done then. `device` is noted in the provenance.
+    `config`: JSON-like, everything that the result depends on besides the code of `make` (see `code_key`), of what is
+    in `code`, and the versions of the libraries, which are added. `make` writes its files into `directory` and
+    returns a JSON-like record; the record returned here has `directory` and `cached` (bool) added. An unfinished
+    directory, or one that lacks one of `files` or has it with other bytes than were written, is handed to `make` as
+    it is, so that it may resume. `make` may raise `Unfinished`: nothing is done then. `device` is noted in the
+    provenance.
     """
     config = {
         **config,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .checkpoints import Checkpoints
 from .hardware import deterministic, synchronize
+from .keys import tensors_key
 from .runs import directory_lock
 from .shared_batch import current
 
@@ -85,10 +86,10 @@ def run(
     """Train `job` (a `Job`) to its end, or for `budget_seconds`: "finished" or "unfinished".
 
     `directory`: where checkpoints lie; a run that was interrupted goes on from the newest. None: nothing is kept.
-    `checkpoint_every`: steps between checkpoints; None: one every `CHECKPOINT_SECONDS`. `evaluate_every`: steps between
-    evaluations; None: none. `progress`: whether a bar is shown, with `desc` before it. The checkpoints of a finished run
-    stay until the caller has stored its result and calls `Checkpoints(directory).clear()`. FloatingPointError where the
-    job's `check_finite` raises it.
+    `checkpoint_every`: steps between checkpoints; None: one every `CHECKPOINT_SECONDS`. `evaluate_every`: steps
+    between evaluations; None: none. `progress`: whether a bar is shown, with `desc` before it. The checkpoints of a
+    finished run stay until the caller has stored its result and calls `Checkpoints(directory).clear()`.
+    FloatingPointError where the job's `check_finite` raises it.
     """
     group = current()
     keeper = _Keeper(directory, checkpoint_every)
@@ -165,6 +166,8 @@ class _Keeper:
         if not self.directory:
             return
         tensors, meta = job.tensors(), job.meta()
+        if self.group.size > 1:
+            self.group.check_same({"state": tensors_key(tensors)})
         self.group.on_first(lambda: self.checkpoints.save(job.step, tensors, meta))
         self.saved_at = time.perf_counter()
         job.saved()
