@@ -331,7 +331,9 @@ class History:
         return {"history": self.rows, "best": self.best, "loss_count": self.loss_count}
 
     def restore(self, tensors, meta):
-        self.best_state, self.tally.counts = (_part(tensors, name, self.device) for name in ("best", "tally"))
+        counts = _part(tensors, "tally", self.device)
+        self.tally.counts = {name: counts[name] for name in self.tally.counts}  # in the order of the columns
+        self.best_state = _part(tensors, "best", self.device)
         self.loss_sum = tensors["loss_sum"].to(self.device)
         self.rows, self.best, self.loss_count = meta["history"], meta["best"], meta["loss_count"]
 

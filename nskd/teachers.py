@@ -117,7 +117,7 @@ def cosine_with_warmup(opt, steps, warmup):
 class TeacherTraining(Job):
     "The training of `net` on data set `ds` by a `TeacherRecipe`, from `seed`."
 
-    who = "teacher"  # in error messages
+    who, advice = "teacher", "lower the recipe's lr"  # in error messages
 
     def __init__(self, net, ds, recipe, seed, device):
         self.batch_size = min(recipe.batch_size, len(ds.train_labels))
@@ -148,7 +148,7 @@ class TeacherTraining(Job):
         loss = self.loss(x.to(memory_format=torch.channels_last), labels.to(self.device))
         # on a GPU every look at a number makes the processor wait
         if (self.step % 20 == 0 or self.device.type == "cpu") and not torch.isfinite(loss):
-            raise FloatingPointError(f"the {self.who}'s loss is {loss.item()} at step {self.step}: lower lr")
+            raise FloatingPointError(f"the {self.who}'s loss is {loss.item()} at step {self.step}: {self.advice}")
         self.opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
@@ -180,7 +180,7 @@ class TeacherTraining(Job):
     def check_finite(self):
         if not all(torch.isfinite(p).all() for p in self.net.parameters()):
             step = self.step - 1
-            raise FloatingPointError(f"the {self.who}'s weights are not finite after step {step}: lower lr")
+            raise FloatingPointError(f"the {self.who}'s weights are not finite after step {step}: {self.advice}")
 
     def tensors(self):
         "Everything to go on from; the states of random generators are bytes."

@@ -1,4 +1,6 @@
-"""The notebooks on speed and precision, and the benchmark's command, as a user runs them. What they measure is not judged here: a test's machine is busy."""
+"""The notebooks on speed and precision, and the benchmark's command, as a user runs them. What they measure is not
+judged here: a test's machine is busy.
+"""
 
 import json
 import os
@@ -9,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from nskd.benchmark import CASES, BenchmarkParameters, Case, Ours, Plain, plain_select
+from nskd.benchmark import CASES, Case, Ours, Plain, plain_select
+from nskd.benchmark.room import BenchmarkParameters
 from nskd.experiments.parameters import check_parameters
 from nskd.samplers import rejection_sample
 from test_tables import check_smoke_results

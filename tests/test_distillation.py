@@ -1,4 +1,6 @@
-"""What distil promises beside its result: an untouched teacher, flat memory, determinism, and errors that name the step."""
+"""What distil promises beside its result: an untouched teacher, flat memory, determinism, and errors that name the
+step.
+"""
 
 import weakref
 
@@ -65,7 +67,9 @@ def test_noise_in_memory_does_not_grow_with_k(k):
 
 
 def test_a_run_is_a_function_of_its_seed():
-    run = lambda seed: distill(teacher(), student(), SHORT.replace(seed=seed), progress=False)
+    def run(seed):
+        return distill(teacher(), student(), SHORT.replace(seed=seed), progress=False)
+
     first, again, other = run(0), run(0), run(1)
     assert (
         tensors_key(first.student.state_dict())
@@ -173,14 +177,22 @@ def test_a_nan_teacher_is_named_whatever_the_loss(loss):
 def test_a_run_directory_knows_what_its_numbers_depend_on(tmp_path):
     ds = load_dataset("digits")
     data = (ds.test_images[:100], ds.test_labels[:100])
-    run = lambda **kw: distill(
-        **{
-            **dict(
-                teacher=teacher(), student=student(), cfg=SHORT, run_dir=tmp_path / "r", test_data=data, progress=False
-            ),
-            **kw,
-        }
-    )
+
+    def run(**kw):
+        return distill(
+            **{
+                **dict(
+                    teacher=teacher(),
+                    student=student(),
+                    cfg=SHORT,
+                    run_dir=tmp_path / "r",
+                    test_data=data,
+                    progress=False,
+                ),
+                **kw,
+            }
+        )
+
     done = run()
     assert run().accuracy == done.accuracy  # a finished run comes back
     assert run(cfg=SHORT.replace(alpha=0.1)).accuracy == done.accuracy  # alpha has no part with a BN teacher
@@ -215,7 +227,8 @@ def step(job):
     if job.step == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)
     take(job)
 d.Distillation.take_step = step
-distill(teacher(), student(), SHORT.replace(steps=8, checkpoint_every=1, **json.loads(sys.argv[3])), sys.argv[1], progress=False)
+cfg = SHORT.replace(steps=8, checkpoint_every=1, **json.loads(sys.argv[3]))
+distill(teacher(), student(), cfg, sys.argv[1], progress=False)
 """
 
 

@@ -1,7 +1,8 @@
 """A step on a GPU: never a look at a value, for which the processor would wait, and nothing on the wrong device.
 
-Most of it is rehearsed without one. PyTorch's fake tensors know a device, a type and a shape and no values, so that any look at one is an error,
-and so is an operation on tensors of two devices. What they can't do here is learn: that half is watched on a CPU.
+Most of it is rehearsed without one. PyTorch's fake tensors know a device, a type and a shape and no values, so that
+any look at one is an error, and so is an operation on tensors of two devices. What they can't do here is learn: that
+half is watched on a CPU.
 """
 
 from functools import partial
@@ -253,7 +254,10 @@ def test_aligned_networks_are_one_graph(kind):
             torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Flatten(), torch.nn.Linear(192, 10)
         )
     )
-    trace = lambda: torch.compile(_alone(network), backend="eager", fullgraph=True, dynamic=False)
+
+    def trace():
+        return torch.compile(_alone(network), backend="eager", fullgraph=True, dynamic=False)
+
     x = torch.randn(4, 3, 8, 8)
     with teacher_context(network), torch.no_grad():
         torch.testing.assert_close(trace()(x), network(x), rtol=1e-4, atol=1e-5)

@@ -1,7 +1,7 @@
 """Several processes against one: the same numbers, and an end with a name when one of them dies.
 
-Loading PyTorch takes seconds, so this file is also a program: it loads it once, forks the processes of every job, and writes what
-they found into a folder, where the tests look.
+Loading PyTorch takes seconds, so this file is also a program: it loads it once, forks the processes of every job, and
+writes what they found into a folder, where the tests look.
 """
 
 import json
@@ -29,7 +29,8 @@ from nskd.engine.files import load_tensors
 from nskd.engine.keys import tensors_key
 
 ROOT = Path(__file__).resolve().parents[1]
-# 26 rows: 6 and 7 for four processes. Adam turns rounding into steps of size lr where a gradient is zero, hence the small one.
+# 26 rows: 6 and 7 for four processes. Adam turns rounding into steps of size lr where a gradient is zero, hence the
+# small one.
 CFG = DistillConfig(steps=3, batch_size=26, k=3, eval_every=2, lr=1e-5, device="cpu", precision="fp32")
 CASES = {
     "bn": CFG,
@@ -135,7 +136,10 @@ def free_port():
 
 
 def job(n, work, folder):
-    "Fork `n` processes that do `work(rank)` together; their exit codes. What they print goes to `folder`/rank.txt, what they return to rank.pt."
+    """Fork `n` processes that do `work(rank)` together.
+
+    Their exit codes. What they print goes to `folder`/rank.txt, what they return to rank.pt.
+    """
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -208,7 +212,10 @@ def refusals(rank):
 def program(folder):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    everything = lambda rank: {"coupled": coupled()} | {case: watched(case) for case in CASES}
+
+    def everything(rank):
+        return {"coupled": coupled()} | {case: watched(case) for case in CASES}
+
     torch.save(everything(0), folder / "alone.pt")
     for n in (2, 4):
         job(n, everything, folder / f"same{n}")
@@ -436,7 +443,7 @@ def test_torchrun_distils_with_the_parameters_of_the_notebook(tmp_path):
             else []
         )
         return subprocess.run(
-            [sys.executable, *launch, "-m", "nskd.parallel", "params/smoke/distill.yaml", "run=try", *more],
+            [sys.executable, *launch, "-m", "nskd.practice.torchrun", "params/smoke/distill.yaml", "run=try", *more],
             cwd=ROOT,
             env=env,
             capture_output=True,

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CASES', 'LOOPS', 'PARTS', 'Case', 'plain_select', 'AlignedAsWritten', 'Plain', 'Ours', 'peak_memory', 'take_turns',
-           'step_flops', 'Stopwatch', 'shares', 'plot_shares', 'cost_of_k', 'Query', 'benchmark', 'BenchmarkParameters',
-           'main']
+           'step_flops', 'Stopwatch', 'shares', 'plot_shares', 'cost_of_k', 'Query', 'benchmark', 'main']
 
 # %% ../../nbs/benchmark/plain_loop.ipynb #683366a4
 import argparse
@@ -18,16 +17,14 @@ from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from importlib import import_module
-from typing import Annotated, Literal, Optional
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..distillation import DistillConfig, plain_loop, prepare
-from ..engine.config import Config, first_line, one_of
+from ..engine.config import first_line, one_of
 from nskd.engine.hardware import (
     environment,
     gemm_rates,
@@ -39,7 +36,6 @@ from nskd.engine.hardware import (
     synchronize,
 )
 from ..engine.style import use_style
-from ..experiments.parameters import Names, check_device
 from ..models import create_model
 from ..norms import batch_align, children_where, resolve_teacher_mode
 from ..samplers import create_sampler
@@ -186,7 +182,7 @@ def _context():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # all that this module loads; itself it may be `__main__`
-    context.set_forkserver_preload(["nskd.distillation", "nskd.experiments.parameters", "nskd.engine.style"])
+    context.set_forkserver_preload(["nskd.distillation", "nskd.models", "nskd.engine.style"])
     return context
 
 
@@ -232,7 +228,7 @@ def _answer(pipe, process):
         raise said
     return said
 
-# %% ../../nbs/benchmark/plain_loop.ipynb #202b860d
+# %% ../../nbs/benchmark/plain_loop.ipynb #b7921e9a
 def _steps(case):
     return CASES[case["name"]]["steps"][pick_device(case.get("device", "auto")).type]
 
@@ -444,35 +440,6 @@ def benchmark(name, turns=7, threads=None, **options):
         "threads": threads or torch.get_num_threads(),
         "device": str(case.device),
     }
-
-
-class BenchmarkParameters(Config):
-    "Parameters of the benchmark notebook; its own comments say what each is."
-
-    cases: Names = ["digits", "cifar", "cifar-wrn"]
-    norms: Names = ["bn", "ln"]
-    turns: int = Field(5, ge=1)
-    k: int = Field(4, ge=2)
-    batch_size: Optional[int] = Field(None, ge=2)
-    threads: Optional[int] = Field(None, ge=1)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
-    device: Annotated[str, BeforeValidator(check_device)] = "auto"
-    machine: Optional[str] = Field(None, pattern="^[A-Za-z0-9_.-]+$")
-
-    @model_validator(mode="after")
-    def _known(self):
-        for case in self.cases:
-            one_of(case, CASES, "case")
-        for norm in self.norms:
-            one_of(norm, ("bn", "ln", "gn"), "norm")
-        return self
-
-    def run_name(self):
-        return f"benchmark-{self.machine}" if self.machine else "benchmark"
-
-    def options(self):
-        return {name: getattr(self, name) for name in ("k", "batch_size", "precision", "compile", "device")}
 
 
 def main(arguments=None):
