@@ -184,7 +184,10 @@ def test_energy_coefficient_by_hand_and_its_range():
     assert energy_coefficient(torch.zeros(5, 2), torch.ones(5, 2)) == 1
     same = [energy_coefficient(*torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(i))) for i in range(40)]
     assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(40)  # unbiased
-    stats_ = lambda m: ActivationStatistics(m, m**2, "1")
+
+    def stats_(m):
+        return ActivationStatistics(m, m**2, "1")
+
     a, b = torch.rand(20, 3), torch.rand(20, 3) + 1
     assert activation_mismatch(stats_(a), stats_(b)) == pytest.approx(activation_mismatch(stats_(b), stats_(a)))
 
