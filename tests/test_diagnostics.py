@@ -1,6 +1,8 @@
 """Diagnostics against independent references: numpy and scipy, by hand, and teachers whose answers are known."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -184,9 +186,8 @@ def test_energy_coefficient_by_hand_and_its_range():
     assert energy_coefficient(torch.zeros(5, 2), torch.ones(5, 2)) == 1
     same = [energy_coefficient(*torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(i))) for i in range(40)]
     assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(40)  # unbiased
-    stats_ = lambda m: ActivationStatistics(m, m**2, "1")
-    a, b = torch.rand(20, 3), torch.rand(20, 3) + 1
-    assert activation_mismatch(stats_(a), stats_(b)) == pytest.approx(activation_mismatch(stats_(b), stats_(a)))
+    a, b = (ActivationStatistics(m, m**2, "1") for m in (torch.rand(20, 3), torch.rand(20, 3) + 1))
+    assert activation_mismatch(a, b) == pytest.approx(activation_mismatch(b, a))
 
 
 def test_a_network_without_batch_norm_is_one_sentence():
@@ -209,3 +210,16 @@ def test_structured_noise_is_standardised_smooth_and_reproducible(name):
     neighbours = (x[..., 1:] * x[..., :-1]).mean()
     assert neighbours > 0.5  # white noise has 0
     assert draw(2, generator=torch.Generator().manual_seed(1)).ne(x[:2]).any()
+
+
+@pytest.mark.parametrize(
+    "first", ["import nskd.diagnostics.preflight", "import nskd.diagnostics", "from nskd.tables import track_record"]
+)
+def test_the_public_names_are_functions_whatever_was_imported_first(repo, first):
+    code = f"""{first}
+import nskd.diagnostics.preflight
+from nskd.diagnostics import batch_dependence, class_histogram, mutual_information, preflight
+functions = batch_dependence, class_histogram, mutual_information, preflight, nskd.diagnostics.preflight
+assert all(type(f).__name__ == "function" for f in functions), functions
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=repo, check=True)
