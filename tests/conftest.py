@@ -41,7 +41,10 @@ def shared(repo):
 
 @pytest.fixture(scope="module")
 def smoke(repo, tmp_path_factory, request):
-    "The notebooks in the module's CLAIMS at the smoke tier, into one folder, where they share teachers: (folder, {name: how it ended})."
+    """The notebooks in the module's CLAIMS at the smoke tier, into one folder, where they share teachers.
+
+    (folder, {name: how it ended}).
+    """
     from test_tables import smoke_runs
 
     base = tmp_path_factory.mktemp(request.module.__name__)

@@ -82,7 +82,10 @@ def outcome(directory):
 
 
 def start(work):
-    "Fork a child that does `work()`; its process number. The child exits with 0, 3 (an error, printed), or 130 (KeyboardInterrupt)."
+    """Fork a child that does `work()`.
+
+    Its process number. The child exits with 0, 3 (an error, printed), or 130 (KeyboardInterrupt).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the child can catch it
@@ -272,14 +275,19 @@ def _whole(name):
 
 
 def _warm_up():
-    "Load and keep what a run needs, once: every child would do it again, and take twice as long. Without a backward pass, whose threads on a GPU no fork survives."
+    """Load and keep what a run needs, once.
+
+    Every child would do it again, and take twice as long. Without a backward pass, whose threads on a GPU no fork
+    survives.
+    """
     with tempfile.TemporaryDirectory() as d:
         if finish(start(lambda: smoke_run("rejection sampling", d))) == 0:
             smoke_run("rejection sampling", d)  # made there, found here
 
 
 def fault_table(times, seed=0):
-    """What `inject` says of every fault in `times` ({fault: how often}), as a DataFrame; in a process of its own, since it forks.
+    """What `inject` says of every fault in `times` ({fault: how often}), as a DataFrame; in a process of its own,
+    since it forks.
 
     Needs a system with fork. RuntimeError with its last words when the process fails.
     """

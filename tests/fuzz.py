@@ -1,8 +1,10 @@
-"""Damaged and hostile files for every loader of nskd: each is read, or refused by a ValueError of one line, and nothing else happens.
+"""Damaged and hostile files for every loader of nskd: each is read, or refused by a ValueError of one line, and
+nothing else happens.
 
-`python tests/fuzz.py [N] [SEED]` makes N files, each from its own number, and lets the loaders read them in forked processes. A finding is any
-other exception, a message of several lines, more than `SECONDS` a file, a process that dies, and any change outside the case's own folder; the
-payloads of hostile files leave a file there. `--case NUMBER` reads one case again, in this process. Notebooks of the library have none of this.
+`python tests/fuzz.py [N] [SEED]` makes N files, each from its own number, and lets the loaders read them in forked
+processes. A finding is any other exception, a message of several lines, more than `SECONDS` a file, a process that
+dies, and any change outside the case's own folder; the payloads of hostile files leave a file there. `--case NUMBER`
+reads one case again, in this process. Notebooks of the library have none of this.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from nskd.engine import files
 from nskd.experiments import claims, explain, parameters
 from nskd.practice import loading
 from nskd.data import load_dataset
+from nskd.tables.methods import TableParameters
 
 SECONDS, WAIT = 5, 60  # for one file: of computing, and on the clock of a machine that may be busy
 CHUNK = 100  # files a process reads
@@ -192,7 +195,10 @@ def payload(canary):
 
 
 def rezip(data, change):
-    "The zip archive `data` with `change(name, content)` for each of its members, and right checksums; None leaves one out."
+    """The zip archive `data` with `change(name, content)` for each of its members, and right checksums.
+
+    None leaves one out.
+    """
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
         for info in old.infolist():
@@ -242,7 +248,10 @@ def read_safetensors(path):
 
 
 def _each(read, path):
-    "Several loaders may read one file; a refusal by one doesn't keep it from the next, and the file counts as refused if all refuse it."
+    """Several loaders may read one file.
+
+    A refusal by one doesn't keep it from the next, and the file counts as refused if all refuse it.
+    """
     try:
         read(path)
         READ.append(read)
@@ -412,9 +421,10 @@ def program_damage(data, rng, canary):
         return data
     if kind == 5:
         return one_member(data, rng, lambda content: damage(content, rng))
-    change = lambda content: json.dumps(
-        odd(json.loads(content), rng, hostile_strings(canary) if kind == 6 else ODD)
-    ).encode()
+
+    def change(content):
+        return json.dumps(odd(json.loads(content), rng, hostile_strings(canary) if kind == 6 else ODD)).encode()
+
     return one_member(data, rng, change, lambda name: name.endswith(".json"))
 
 
@@ -505,7 +515,8 @@ def read_results(path):
 def yaml_originals():
     folder = Path(__file__).resolve().parents[1] / "params"
     return [p.read_bytes() for p in sorted(folder.rglob("*.yaml"))] + [
-        b"teacher: wrn28\nseeds: [0, 1]\nwidth: {wrn28: 1, wrn16: 1}\nstudents: paper\nlr: 1.0e-3\ndevice: cpu\nprecision: fp32\n"
+        b"teacher: wrn28\nseeds: [0, 1]\nwidth: {wrn28: 1, wrn16: 1}\nstudents: paper\n"
+        b"lr: 1.0e-3\ndevice: cpu\nprecision: fp32\n"
     ]
 
 
@@ -550,7 +561,7 @@ def read_parameters(path):
     if not isinstance(given, dict):
         raise ValueError("no mapping")
     given = {str(k): v for k, v in given.items()}
-    for model in (parameters.TableParameters, parameters.DistillStudy):
+    for model in (TableParameters, parameters.DistillStudy):
         _each(lambda g: parameters.check_parameters(g, model), dict(given))
 
 
@@ -859,7 +870,10 @@ def _killed_when_silent(pid):
         os.kill(pid, signal.SIGKILL)
 
     old = signal.signal(signal.SIGALRM, kill)
-    heard = lambda: signal.alarm(WAIT)
+
+    def heard():
+        return signal.alarm(WAIT)
+
     heard()
     try:
         yield heard

@@ -1,4 +1,6 @@
-"""The notebooks on speed and precision, and the benchmark's command, as a user runs them. What they measure is not judged here: a test's machine is busy."""
+"""The notebooks on speed and precision, and the benchmark's command, as a user runs them. What they measure is not
+judged here: a test's machine is busy.
+"""
 
 import json
 import os
@@ -9,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from nskd.benchmark import CASES, BenchmarkParameters, Case, Ours, Plain, plain_select
+from nskd.benchmark import CASES, Case, Ours, Plain, plain_select
+from nskd.benchmark.room import BenchmarkParameters
 from nskd.experiments.parameters import check_parameters
 from nskd.samplers import rejection_sample
 from test_tables import check_smoke_results
@@ -63,7 +66,7 @@ def test_both_loops_ask_the_same_question(norm):
     x = torch.randn(24, 1, 8, 8)
     plain, ours = Plain(Case("digits", "cpu", norm, "fp32", 2, 24)), Ours(Case("digits", "cpu", norm, "fp32", 2, 24))
     with torch.no_grad():
-        torch.testing.assert_close(plain.teacher(x), ours.job.supervise.query(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(plain.teacher(x), ours.job.batches.query(x), rtol=1e-3, atol=1e-3)
     assert plain.step() > 0
     ours.step()
     ours.close()

@@ -1,4 +1,6 @@
-"""Notebooks that run out of time: what is finished is shown, the rest is named, nothing is decided, and the next run goes on to the same numbers."""
+"""Notebooks that run out of time: what is finished is shown, the rest is named, nothing is decided, and the next run
+goes on to the same numbers.
+"""
 
 import json
 import shutil
@@ -38,7 +40,10 @@ def unfinished(done, outputs, name, claims):
 def run(request, repo, tmp_path_factory):
     "A notebook at the smoke tier from nothing: without time, then to its end."
     name, base = request.param, tmp_path_factory.mktemp(request.param)
-    again = lambda *args: run_here(repo, name, base / f"{name}.ipynb", "-f", repo / f"params/smoke/{name}.yaml", *args)
+
+    def again(*args):
+        return run_here(repo, name, base / f"{name}.ipynb", "-f", repo / f"params/smoke/{name}.yaml", *args)
+
     lacks = unfinished(again("-p", "budget_seconds", "1e-9"), base, name, CLAIMS[name])
     done = again()
     assert done.returncode == 0, done.stderr[-2000:]

@@ -186,8 +186,12 @@ def test_energy_coefficient_by_hand_and_its_range():
     assert energy_coefficient(torch.zeros(5, 2), torch.ones(5, 2)) == 1
     same = [energy_coefficient(*torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(i))) for i in range(40)]
     assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(40)  # unbiased
-    a, b = (ActivationStatistics(m, m**2, "1") for m in (torch.rand(20, 3), torch.rand(20, 3) + 1))
-    assert activation_mismatch(a, b) == pytest.approx(activation_mismatch(b, a))
+
+    def stats_(m):
+        return ActivationStatistics(m, m**2, "1")
+
+    a, b = torch.rand(20, 3), torch.rand(20, 3) + 1
+    assert activation_mismatch(stats_(a), stats_(b)) == pytest.approx(activation_mismatch(stats_(b), stats_(a)))
 
 
 def test_a_network_without_batch_norm_is_one_sentence():

@@ -1,4 +1,6 @@
-"""The practitioner's notebook, run by papermill as they would: a teacher that is known by its file alone, and what can be wrong with it."""
+"""The practitioner's notebook, run by papermill as they would: a teacher that is known by its file alone, and what
+can be wrong with it.
+"""
 
 import json
 import re
@@ -40,7 +42,8 @@ QUICK = [
 ]
 
 
-# A network of this repository that is known by its file alone, twice; and one of another library, with random weights, for the mechanics.
+# A network of this repository that is known by its file alone, twice; and one of another library, with random
+# weights, for the mechanics.
 WAYS = {
     "program": ["-p", "teacher", "mine.pt2", "-p", "test_data", "digits"],
     "weights": [

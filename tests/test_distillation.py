@@ -1,4 +1,6 @@
-"""What distil promises beside its result: an untouched teacher, flat memory, determinism, and errors that name the step."""
+"""What distil promises beside its result: an untouched teacher, flat memory, determinism, and errors that name the
+step.
+"""
 
 import weakref
 
@@ -7,16 +9,19 @@ import pytest
 import torch
 
 from nskd.data import load_dataset
-from nskd.distillation import DistillConfig, distill, ledger_of
+from nskd.distillation import Distillation, DistillConfig, distill, ledger_of, resolve
+from nskd.engine.checkpoints import Checkpoints
+from nskd.engine.files import read_json, write_json
+from nskd.evaluation import evaluate_modes
 from nskd.supervision import TeacherBatches
 from nskd.experiments.runner import run_cells
-from nskd.experiments.parameters import table_cells
-from nskd.experiments.parameters import TableParameters
 from nskd.models import create_model
 from nskd.norms import norm_kinds, teacher_context
 from nskd.engine.keys import tensors_key
 from nskd.samplers import Sampler, create_sampler
+from nskd.tables.methods import TableParameters, table_cells
 
+DATA = (torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 10)
 SHORT = DistillConfig(steps=4, eval_every=2, batch_size=32, k=2)
 
 
@@ -54,16 +59,17 @@ def test_noise_in_memory_does_not_grow_with_k(k):
         return x
 
     with teacher_context(teacher(), "cs"):
-        supervise = TeacherBatches(
-            teacher(), Sampler("watched", (1, 8, 8), draw), DistillConfig(k=k, batch_size=16), 10, torch.device("cpu")
-        )
-        x, _ = supervise(torch.Generator().manual_seed(0))
-    assert len(x) == 16 and supervise.tally["pool"].sum() == 16 * k
+        watched = Sampler("watched", (1, 8, 8), draw)
+        batches = TeacherBatches(teacher(), watched, DistillConfig(k=k, batch_size=16), 10, torch.device("cpu"))
+        x, _, tally = batches(torch.Generator().manual_seed(0))
+    assert len(x) == 16 and tally.counts["pool"].sum() == 16 * k
     assert most[0] <= 2
 
 
 def test_a_run_is_a_function_of_its_seed():
-    run = lambda seed: distill(teacher(), student(), SHORT.replace(seed=seed), progress=False)
+    def run(seed):
+        return distill(teacher(), student(), SHORT.replace(seed=seed), progress=False)
+
     first, again, other = run(0), run(0), run(1)
     assert (
         tensors_key(first.student.state_dict())
@@ -171,14 +177,22 @@ def test_a_nan_teacher_is_named_whatever_the_loss(loss):
 def test_a_run_directory_knows_what_its_numbers_depend_on(tmp_path):
     ds = load_dataset("digits")
     data = (ds.test_images[:100], ds.test_labels[:100])
-    run = lambda **kw: distill(
-        **{
-            **dict(
-                teacher=teacher(), student=student(), cfg=SHORT, run_dir=tmp_path / "r", test_data=data, progress=False
-            ),
-            **kw,
-        }
-    )
+
+    def run(**kw):
+        return distill(
+            **{
+                **dict(
+                    teacher=teacher(),
+                    student=student(),
+                    cfg=SHORT,
+                    run_dir=tmp_path / "r",
+                    test_data=data,
+                    progress=False,
+                ),
+                **kw,
+            }
+        )
+
     done = run()
     assert run().accuracy == done.accuracy  # a finished run comes back
     assert run(cfg=SHORT.replace(alpha=0.1)).accuracy == done.accuracy  # alpha has no part with a BN teacher
@@ -208,12 +222,13 @@ KILLED = """
 import json, os, signal, sys
 from test_distillation import *
 import nskd.distillation as d
-take = d._Job.take_step
+take = d.Distillation.take_step
 def step(job):
     if job.step == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)
     take(job)
-d._Job.take_step = step
-distill(teacher(), student(), SHORT.replace(steps=8, checkpoint_every=1, **json.loads(sys.argv[3])), sys.argv[1], progress=False)
+d.Distillation.take_step = step
+cfg = SHORT.replace(steps=8, checkpoint_every=1, **json.loads(sys.argv[3]))
+distill(teacher(), student(), cfg, sys.argv[1], progress=False)
 """
 
 
@@ -263,7 +278,7 @@ def test_cached_targets_are_what_the_student_is_given():
                 10,
                 torch.device("cpu"),
             )
-            pairs = [pair for step in range(3) for pair in zip(*s(torch.Generator().manual_seed(step)))]
+            pairs = [pair for step in range(3) for pair in zip(*s(torch.Generator().manual_seed(step))[:2])]
         return len({x.numpy().tobytes() for x, _ in pairs}), len({z.numpy().tobytes() for _, z in pairs})
 
     inputs, cached = answers(target_contexts=4)
@@ -283,3 +298,102 @@ def test_bad_test_data_is_refused_before_the_run(tmp_path):
             distill(teacher(), student(), SHORT, tmp_path / "run", test_data=data, recal_images=recal, progress=False)
         assert "\n" not in str(e.value)
     assert not (tmp_path / "run").exists()
+
+
+def weights(result):
+    return tensors_key(result.student.state_dict())
+
+
+def same_run(a, b):
+    "Whether two results have the same bits, and the same history but for the time that it took."
+    pd.testing.assert_frame_equal(a.history.drop(columns="seconds"), b.history.drop(columns="seconds"))
+    return weights(a) == weights(b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(average=0.7, warmup=0.5, schedule="linear"),
+        dict(average=0.5, optimiser="adamw"),
+        dict(pool_size=64),
+        dict(pool_size=64, target_contexts=3),
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_what_is_stopped_ends_with_the_same_bits(options, tmp_path):
+    cfg = SHORT.replace(steps=8, checkpoint_every=3, **options)
+    whole = distill(teacher(), student(), cfg, tmp_path / "whole", DATA, progress=False)
+    net = student()
+    for _ in range(5):
+        part = distill(teacher(), net, cfg.replace(budget_seconds=1e-9), tmp_path / "part", DATA, progress=False)
+    assert part.step == 5 and part.state == "unfinished"
+    part = distill(teacher(), student(), cfg, tmp_path / "part", DATA, progress=False)
+    assert same_run(part, whole) and part.history.images_seen.iloc[-1] == 8 * cfg.images
+    assert evaluate_modes(part.student, *DATA)["cs"] == pytest.approx(part.accuracy["cs"])
+
+
+def test_an_average_that_forgets_at_once_is_the_student_itself():
+    plain, forgetful = (distill(teacher(), student(), SHORT.replace(average=a), progress=False) for a in (None, 1e-9))
+    for a, b in zip(plain.student.state_dict().values(), forgetful.student.state_dict().values()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_stopped_notebook_goes_on_with_the_same_student(tmp_path, monkeypatch):
+    cfg, net, step = SHORT.replace(steps=8, eval_every=3, checkpoint_every=2), student(), Distillation.take_step
+    whole = distill(teacher(), student(), cfg, tmp_path / "whole", progress=False)
+    for at, kept in ((1, []), (4, [2, 4]), (7, [4, 6])):
+
+        def stop(job):
+            if job.step == at:
+                raise KeyboardInterrupt
+            step(job)
+
+        monkeypatch.setattr(Distillation, "take_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            distill(teacher(), net, cfg, tmp_path / "part", progress=False)
+        assert Checkpoints(tmp_path / "part").steps() == kept
+    monkeypatch.setattr(Distillation, "take_step", step)
+    part = distill(teacher(), net, cfg, tmp_path / "part", progress=False)
+    assert same_run(part, whole) and not (tmp_path / "part/checkpoints").exists()
+
+
+def test_a_finished_student_that_changed_on_the_disk_is_made_again(tmp_path):
+    whole = distill(teacher(), student(), SHORT, tmp_path, progress=False)
+    key, file = weights(whole), tmp_path / "student.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match="damaged-student.safetensors"):
+        again = distill(teacher(), student(), SHORT, tmp_path, progress=False)
+    assert weights(again) == key
+
+
+def test_a_run_from_before_an_option_existed_is_the_same_run(tmp_path):
+    cfg = SHORT.replace(pool_size=64)
+    distill(teacher(), student(), cfg, tmp_path, progress=False)
+    left = read_json(tmp_path / "distill.json")
+    write_json(tmp_path / "distill.json", {k: v for k, v in left.items() if k != "target_contexts"})
+    distill(teacher(), student(), cfg, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="another target_contexts"):
+        distill(teacher(), student(), cfg.replace(target_contexts=3), tmp_path, progress=False)
+
+
+def test_every_loss_trains_and_they_differ():
+    losses = {}
+    for loss in ("kd", "pseudo_label", "luminet"):
+        result = distill(teacher(), student(), SHORT.replace(loss=loss, schedule="cosine"), progress=False)
+        losses[loss] = result.history.loss.iloc[-1]
+        assert result.accuracy == {} and result.best["chosen_by"].endswith("no labels")
+        assert result.history.lr.iloc[-1] < SHORT.lr
+    assert len(set(losses.values())) == 3 and min(losses.values()) > 0
+
+
+def test_what_is_settled_is_settled_once():
+    net = create_model("wrn16", in_channels=1, image_size=8, norm="ln", width=1, seed=0)
+    setup = resolve(net, student(), SHORT.replace(device="cpu", precision="fp32"))
+    assert (setup.mode, setup.alpha, setup.num_classes, setup.shape) == ("aligned", 0.5, 10, (1, 8, 8))
+    assert resolve(teacher(), student(), SHORT).alpha is None
+    with pytest.raises(AttributeError):
+        setup.mode = "cs"
+    auto = resolve(net, student(), SHORT.replace(alpha="auto"))
+    assert auto.alpha == resolve(net, student(), SHORT.replace(alpha="auto")).alpha

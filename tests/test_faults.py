@@ -13,16 +13,17 @@ import pandas as pd
 import pytest
 import torch
 
+import nskd.engine.training
 import nskd.teachers
 from nskd.engine.checkpoints import Checkpoints
 from nskd.data import load_dataset
 from nskd.distillation import DistillConfig, distill
 from nskd.experiments.runner import run_cells
 from faults import FAULTS, fault_table
-from nskd.experiments.parameters import TableParameters, table_cells
 from nskd.engine.runs import Unfinished, cached, directory_lock
 from nskd.engine.keys import tensors_key
 from nskd.samplers import create_sampler
+from nskd.tables.methods import TableParameters, table_cells
 from nskd.teachers import TeacherRecipe, train_teacher
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork")
@@ -77,7 +78,8 @@ def test_workers_end_with_a_killed_notebook(repo, tmp_path):
     )
     notebook = python(
         repo,
-        "import sys; from work import wait; from nskd.engine.workers import run_parallel; run_parallel(wait, [sys.argv[1]] * 2, 2)",
+        "import sys; from work import wait; from nskd.engine.workers import run_parallel\n"
+        "run_parallel(wait, [sys.argv[1]] * 2, 2)",
         tmp_path,
         PYTHONPATH=f"{repo}:{tmp_path}",
     )
@@ -87,7 +89,10 @@ def test_workers_end_with_a_killed_notebook(repo, tmp_path):
     assert len(workers) == 2
     notebook.kill()
     notebook.communicate()
-    gone = lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+    def gone():
+        return not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
     while not gone() and time.monotonic() < soon:
         time.sleep(0.1)
     assert gone()
@@ -95,7 +100,10 @@ def test_workers_end_with_a_killed_notebook(repo, tmp_path):
 
 def test_a_dead_holder_of_a_lock_is_noticed(repo, tmp_path):
     "The second process waits for the first, and has the lock at once when the first is killed."
-    hold = "import sys, time; from nskd.engine.runs import held\nwith held(sys.argv[1]): print('mine', flush=True); time.sleep(600)"
+    hold = (
+        "import sys, time; from nskd.engine.runs import directory_lock\n"
+        "with directory_lock(sys.argv[1]): print('mine', flush=True); time.sleep(600)"
+    )
     first = python(repo, hold, tmp_path)
     assert first.stdout.readline() == "mine\n"
     second = python(repo, hold, tmp_path)
@@ -162,7 +170,7 @@ class TestTeachers:
         "A checkpoint after every step, and death at every step in turn, in the middle of an epoch too."
         whole = self.train(recipe).record
         monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path / "parts"))
-        monkeypatch.setattr(nskd.teachers, "CHECKPOINT_SECONDS", 0)
+        monkeypatch.setattr(nskd.engine.training, "CHECKPOINT_SECONDS", 0)
         take, deaths = nskd.teachers.TeacherTraining.take_step, []
 
         def step(job, *batch):
@@ -230,7 +238,10 @@ def children(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the kernel")
 def test_a_notebook_whose_kernel_is_killed_goes_on(repo, tmp_path):
-    "papermill's kernel dies with a student half trained; the same command ends with the numbers of a run that was left alone."
+    """papermill's kernel dies with a student half trained.
+
+    The same command ends with the numbers of a run that was left alone.
+    """
     options = dict(
         students="wrn16",
         norms="bn",
@@ -247,14 +258,17 @@ def test_a_notebook_whose_kernel_is_killed_goes_on(repo, tmp_path):
         "NSKD_OUTPUTS": str(tmp_path / "out"),
         "OMP_NUM_THREADS": "1",
     }
-    start = lambda: subprocess.Popen(
-        [sys.executable, "-m", "papermill", str(repo / "nbs/table2.ipynb"), str(tmp_path / "out.ipynb"), *args],
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-m", "papermill", str(repo / "nbs/table2.ipynb"), str(tmp_path / "out.ipynb"), *args],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
     first, end = start(), time.monotonic() + 120
     while (
         not (begun := list((tmp_path / "out").glob("distil/*/run/checkpoints/0*")))
@@ -276,7 +290,10 @@ def test_a_notebook_whose_kernel_is_killed_goes_on(repo, tmp_path):
         whole = run_cells(table_cells(TableParameters(**options)), 1)
     finally:
         os.environ.pop("NSKD_OUTPUTS") if before is None else os.environ.__setitem__("NSKD_OUTPUTS", before)
-    drop = lambda frame: frame.drop(columns=["seconds", "directory", "cached"]).dropna(axis=1, how="all")
+
+    def drop(frame):
+        return frame.drop(columns=["seconds", "directory", "cached"]).dropna(axis=1, how="all")
+
     pd.testing.assert_frame_equal(drop(numbers), drop(whole.round(4)), check_dtype=False)
     weights = [
         Path(p) / "run/student.safetensors" for p in (tmp_path / "out" / numbers.directory[0], whole.directory[0])
@@ -287,7 +304,10 @@ def test_a_notebook_whose_kernel_is_killed_goes_on(repo, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_random_states_of_a_gpu_survive(tmp_path, precision):
-    "A student with dropout on a GPU: stopped at every checkpoint and continued, with other random numbers drawn in between."
+    """A student with dropout on a GPU.
+
+    Stopped at every checkpoint and continued, with other random numbers drawn in between.
+    """
 
     def make(seed):
         torch.manual_seed(seed)

@@ -1,4 +1,6 @@
-"""The functional study's notebooks at the smoke tier, the ways to get a parameter wrong, and its metrics by property."""
+"""The functional study's notebooks at the smoke tier, the ways to get a parameter wrong, and its metrics by
+property.
+"""
 
 import math
 

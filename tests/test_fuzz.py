@@ -1,4 +1,6 @@
-"""Every loader against 500 damaged and hostile files (`make fuzz` has 10,000), and the fuzzer against loaders that are worse."""
+"""Every loader against 500 damaged and hostile files (`make fuzz` has 10,000), and the fuzzer against loaders that
+are worse.
+"""
 
 import ctypes
 import os

@@ -1,7 +1,8 @@
 """A step on a GPU: never a look at a value, for which the processor would wait, and nothing on the wrong device.
 
-Most of it is rehearsed without one. PyTorch's fake tensors know a device, a type and a shape and no values, so that any look at one is an error,
-and so is an operation on tensors of two devices. What they can't do here is learn: that half is watched on a CPU.
+Most of it is rehearsed without one. PyTorch's fake tensors know a device, a type and a shape and no values, so that
+any look at one is an error, and so is an operation on tensors of two devices. What they can't do here is learn: that
+half is watched on a CPU.
 """
 
 from functools import partial
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nskd.distillation
 import nskd.engine.hardware
 from nskd.engine.hardware import _alone
-from nskd.distillation import DistillConfig, at_work, prepare, distill
+from nskd.distillation import DistillConfig, distill, prepare
 from nskd.supervision import TeacherBatches
 from nskd.models import create_model
 from nskd.norms import teacher_context
@@ -102,11 +103,9 @@ def noise(name):
 
 def batch(draw, cfg, norm="bn", net="r18"):
     teacher = on_gpu(create_model(net, 10, 3, 32, norm=norm, width=8 if net == "r18" else None, seed=0))
-    supervise = TeacherBatches(teacher, draw, cfg, 10, GPU)
+    batches = TeacherBatches(teacher, draw, cfg, 10, GPU, "bf16")
     with teacher_context(teacher, cfg.teacher_mode, 0.5):
-        x, z, seen = supervise.make(torch.Generator())
-    supervise.count(seen)
-    return x, z
+        return batches(torch.Generator())[:2]
 
 
 @pytest.mark.parametrize(
@@ -192,10 +191,10 @@ class Looks(TorchDispatchMode):
 def test_a_student_learns_without_a_look(monkeypatch, changes):
     cfg = DistillConfig(steps=40, batch_size=16, k=2, device="cpu", **changes)
     teacher, student = (create_model("wrn16", 10, 1, 8, width=1, seed=seed) for seed in (0, 1))
-    job, _ = prepare(teacher, student, cfg, None, create_sampler("gaussian", (1, 8, 8)), None)
-    check = job.check_finite
-    monkeypatch.setattr(job, "check_finite", lambda: None)  # every 50 steps on a GPU, in each here
-    with at_work(job):
+    job, _ = prepare(teacher, student, cfg, sampler=create_sampler("gaussian", (1, 8, 8)))
+    check = job.check_losses
+    monkeypatch.setattr(job, "check_losses", lambda: None)  # every 50 steps on a GPU, in each here
+    with job.at_work():
         job.take_step()  # the optimiser makes its state
         with Looks() as looks:
             for _ in range(2):
@@ -255,7 +254,10 @@ def test_aligned_networks_are_one_graph(kind):
             torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Flatten(), torch.nn.Linear(192, 10)
         )
     )
-    trace = lambda: torch.compile(_alone(network), backend="eager", fullgraph=True, dynamic=False)
+
+    def trace():
+        return torch.compile(_alone(network), backend="eager", fullgraph=True, dynamic=False)
+
     x = torch.randn(4, 3, 8, 8)
     with teacher_context(network), torch.no_grad():
         torch.testing.assert_close(trace()(x), network(x), rtol=1e-4, atol=1e-5)
@@ -290,11 +292,9 @@ def test_no_step_waits_on_a_real_one(norm, compile):
         create_model("r18", 10, 3, 32, norm=norm, width=8, seed=0),
         create_model("r18", 10, 3, 32, width=8, seed=1),
         cfg,
-        None,
-        noise("gaussian"),
-        None,
+        sampler=noise("gaussian"),
     )
-    with at_work(job):
+    with job.at_work():
         for _ in range(4):
             job.take_step()
         torch.cuda.synchronize()
@@ -304,7 +304,7 @@ def test_no_step_waits_on_a_real_one(norm, compile):
                 job.take_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        job.check_finite()
+        job.check_losses()
 
 
 @needs_gpu

@@ -21,8 +21,10 @@ import os
 from pathlib import Path
 from nskd.engine.runs import cached
 from nskd.engine.files import outputs_dir
-if (planted := outputs_dir()/"planted").exists() and planted.read_text() in map(str, seeds): raise ValueError(f"seed {planted.read_text()} has no teacher")
-found = [cached("made", {"seed": s}, lambda d: {"value": s*s}, label=str(s)) for s in (range(seeds) if isinstance(seeds, int) else seeds)]
+if (planted := outputs_dir()/"planted").exists() and planted.read_text() in map(str, seeds):
+    raise ValueError(f"seed {planted.read_text()} has no teacher")
+every = range(seeds) if isinstance(seeds, int) else seeds
+found = [cached("made", {"seed": s}, lambda d: {"value": s*s}, label=str(s)) for s in every]
 where = Path(os.environ["NSKD_RESULTS"])/"tiny"
 where.mkdir(parents=True, exist_ok=True)
 (where/"table.txt").write_text(" ".join(f"{r['value']}:{r['cached']}" for r in found))
@@ -31,7 +33,7 @@ CHECK = """
 def never():
     from nskd.experiments.parameters import RunParameters
     from nskd.experiments.parameters import check_parameters
-    check_parameters(globals(), RunParameters)          # where `nskd.experiments.grid` finds the model; nothing else is needed of it here
+    check_parameters(globals(), RunParameters)          # where `nskd.experiments.grid` finds the model
 """
 
 
@@ -107,8 +109,8 @@ def test_the_failed_cell_is_named_and_its_notebook_kept(base, runs):
     first, between, _ = runs
     assert between["unfinished"] == ["seeds-3"]
     assert (
-        f"failed: seeds-3: ValueError: seed 3 has no teacher\n  its notebook: {base}/outputs/grid/six/unfinished/seeds-3.ipynb"
-        in first.stderr
+        "failed: seeds-3: ValueError: seed 3 has no teacher\n"
+        f"  its notebook: {base}/outputs/grid/six/unfinished/seeds-3.ipynb" in first.stderr
     )
     kept = json.loads(between["notebook"])
     assert any("seed 3 has no teacher" in o.get("evalue", "") for c in kept["cells"] for o in c.get("outputs", []))

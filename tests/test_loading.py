@@ -1,4 +1,6 @@
-"""Files that would run code, write files or fill the memory if a loader trusted them: each is refused in one sentence, and nothing happens."""
+"""Files that would run code, write files or fill the memory if a loader trusted them: each is refused in one
+sentence, and nothing happens.
+"""
 
 import io
 import json
@@ -256,7 +258,10 @@ def test_weights_that_are_no_weights(tmp_path, ran):
     circle["state_dict"] = circle
     read = dict(read=read_weights)
     for zipped in (True, False):
-        save = lambda value: saved(tmp_path / "a.pth", value, _use_new_zipfile_serialization=zipped)
+
+        def save(value):
+            return saved(tmp_path / "a.pth", value, _use_new_zipfile_serialization=zipped)
+
         refused(save({"w": Payload(str(ran))}), "pickled Python object", **read)
         refused(save(circle), "no weights", **read)
         refused(save({3: torch.ones(2)}), "no weights", **read)

@@ -108,7 +108,10 @@ def test_luminets_loss_costs_at_most_half_more_than_kl():
 @pytest.fixture(scope="module")
 def noise():
     ds = load_dataset("digits")
-    net = lambda norm, seed: create_model("wrn16", 10, 1, 8, norm=norm, width=1, seed=seed)
+
+    def net(norm, seed):
+        return create_model("wrn16", 10, 1, 8, norm=norm, width=1, seed=seed)
+
     return ds, net
 
 
@@ -116,9 +119,12 @@ def test_a_run_with_luminets_loss_is_the_same_in_one_go_and_in_parts(noise, tmp_
     ds, net = noise
     cfg = DistillConfig(steps=6, batch_size=32, k=2, loss="luminet", tau=2.0, eval_every=3, checkpoint_every=2)
     draw = create_sampler("gaussian", ds.shape)
-    go = lambda where, **kw: distill(
-        net("bn", 0).eval(), net("bn", 1), cfg.replace(**kw), tmp_path / where, sampler=draw, progress=False
-    )
+
+    def go(where, **kw):
+        return distill(
+            net("bn", 0).eval(), net("bn", 1), cfg.replace(**kw), tmp_path / where, sampler=draw, progress=False
+        )
+
     whole = go("whole")
     state = "unfinished"
     while state == "unfinished":

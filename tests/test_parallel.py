@@ -1,7 +1,7 @@
 """Several processes against one: the same numbers, and an end with a name when one of them dies.
 
-Loading PyTorch takes seconds, so this file is also a program: it loads it once, forks the processes of every job, and writes what
-they found into a folder, where the tests look.
+Loading PyTorch takes seconds, so this file is also a program: it loads it once, forks the processes of every job, and
+writes what they found into a folder, where the tests look.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from nskd.engine.checkpoints import Checkpoints
-from nskd.distillation import DistillConfig, _Job, distill
+from nskd.distillation import Distillation, DistillConfig, distill
 from faults import finish, start
 from nskd.norms import align_batch
 from nskd.engine.shared_batch import current, over_processes, processes, sum_gradients
@@ -29,7 +29,8 @@ from nskd.engine.files import load_tensors
 from nskd.engine.keys import tensors_key
 
 ROOT = Path(__file__).resolve().parents[1]
-# 26 rows: 6 and 7 for four processes. Adam turns rounding into steps of size lr where a gradient is zero, hence the small one.
+# 26 rows: 6 and 7 for four processes. Adam turns rounding into steps of size lr where a gradient is zero, hence the
+# small one.
 CFG = DistillConfig(steps=3, batch_size=26, k=3, eval_every=2, lr=1e-5, device="cpu", precision="fp32")
 CASES = {
     "bn": CFG,
@@ -82,10 +83,10 @@ def data():
 
 def watched(case):
     "A run of `case`: what every step saw, and the student after it."
-    seen, (look, add) = [], (_Job.look, sum_gradients)
+    seen, (forward, add) = [], (Distillation.forward, sum_gradients)
 
     def listen(job):
-        found = look(job)
+        found = forward(job)
         seen.append(
             {
                 "inputs": found[0].clone(),
@@ -101,11 +102,11 @@ def watched(case):
         add(parameters)
         seen[-1]["gradients"] = torch.cat([p.grad.flatten() for p in parameters])
 
-    _Job.look, distill.__globals__["sum_gradients"] = listen, listen_too
+    Distillation.forward, distill.__globals__["sum_gradients"] = listen, listen_too
     try:
         result = distill(*nets(case), CASES[case], test_data=data(), progress=False)
     finally:
-        _Job.look, distill.__globals__["sum_gradients"] = look, add
+        Distillation.forward, distill.__globals__["sum_gradients"] = forward, add
     buffers = {n: b for n, b in result.student.named_buffers()}
     return {
         "steps": seen,
@@ -135,7 +136,10 @@ def free_port():
 
 
 def job(n, work, folder):
-    "Fork `n` processes that do `work(rank)` together; their exit codes. What they print goes to `folder`/rank.txt, what they return to rank.pt."
+    """Fork `n` processes that do `work(rank)` together.
+
+    Their exit codes. What they print goes to `folder`/rank.txt, what they return to rank.pt.
+    """
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -152,18 +156,18 @@ def job(n, work, folder):
 
 def long(run, harm=None, cfg=LONG):
     "A run of eight steps with `harm(rank, step)` before each."
-    step = _Job.take_step
+    step = Distillation.take_step
 
     def harmed(job):
         if harm:
             harm(current().rank, job.step)
         step(job)
 
-    _Job.take_step = harmed
+    Distillation.take_step = harmed
     try:
         result = distill(net(0), net(1), cfg, run, data(), progress=False)
     finally:
-        _Job.take_step = step
+        Distillation.take_step = step
     return {
         "state": result.state,
         "step": result.step,
@@ -208,7 +212,10 @@ def refusals(rank):
 def program(folder):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    everything = lambda rank: {"coupled": coupled()} | {case: watched(case) for case in CASES}
+
+    def everything(rank):
+        return {"coupled": coupled()} | {case: watched(case) for case in CASES}
+
     torch.save(everything(0), folder / "alone.pt")
     for n in (2, 4):
         job(n, everything, folder / f"same{n}")
@@ -436,7 +443,7 @@ def test_torchrun_distils_with_the_parameters_of_the_notebook(tmp_path):
             else []
         )
         return subprocess.run(
-            [sys.executable, *launch, "-m", "nskd.parallel", "params/smoke/distill.yaml", "run=try", *more],
+            [sys.executable, *launch, "-m", "nskd.practice.torchrun", "params/smoke/distill.yaml", "run=try", *more],
             cwd=ROOT,
             env=env,
             capture_output=True,

@@ -1,4 +1,6 @@
-"""Every default path under both answers that a machine may give about bfloat16, forced: the tests' own machine has only one."""
+"""Every default path under both answers that a machine may give about bfloat16, forced: the tests' own machine has
+only one.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""nskd.experiments.explain.explain over everything that is published: the command it prints is papermill's, and gives the parameters that are recorded."""
+"""nskd.experiments.explain.explain over everything that is published: the command it prints is papermill's, and gives
+the parameters that are recorded.
+"""
 
 import json
 import re
@@ -150,8 +152,12 @@ def test_what_is_no_result_is_said_in_one_sentence(wrong, says, monkeypatch):
 
 def test_on_the_command_line():
     def call(*words):
-        command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "nskd.experiments.explain", *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-W", "error::RuntimeWarning", "-m", "nskd.experiments.explain", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
 
     good, bad, usage = call("explain", "outputs/published/digits/table2-r34"), call("explain", "table2.nothing"), call()
     assert good.returncode == 0 and "papermill nbs/table2.ipynb" in good.stdout and not good.stderr

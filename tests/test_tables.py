@@ -1,4 +1,6 @@
-"""Table notebooks, run as a user would, by papermill or with its words: a run, a second run, and the ways to get a parameter wrong."""
+"""Table notebooks, run as a user would, by papermill or with its words: a run, a second run, and the ways to get a
+parameter wrong.
+"""
 
 import json
 import os
@@ -41,7 +43,9 @@ def papermill(repo, notebook, output, *args, outputs=None):
 
 
 def run_here(repo, notebook, output, *args, folder=None, **env):
-    "As `papermill`, with the words of its command line and its injected cell, but in this process, as `nbdev_test` does it: a kernel would take seconds."
+    """As `papermill`, with the words of its command line and its injected cell, but in this process, as `nbdev_test`
+    does it: a kernel would take seconds.
+    """
     with pytest.MonkeyPatch.context() as m, threads(1):
         m.setenv("NSKD_OUTPUTS", str(output.parent))
         m.delenv("IN_TEST", raising=False)
@@ -75,7 +79,10 @@ def smoke_runs(repo, base, names):
 
 
 def check_smoke_results(base, done, name, claims, prefix=None):
-    "What every notebook leaves behind, its number of claims among it, their ids below `prefix` (default: the notebook's name); the claims themselves."
+    """What every notebook leaves behind, its number of claims among it, their ids below `prefix` (default.
+
+    The notebook's name); the claims themselves.
+    """
     assert done[name].returncode == 0, done[name].stderr[-2000:]
     assert {p.name for p in (base / name).iterdir()} == {
         "records.csv",

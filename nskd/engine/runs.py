@@ -51,7 +51,10 @@ def versions():
 
 
 def provenance(device="cpu"):
-    "Who, what and where: commit (without git `$NSKD_COMMIT`), versions, machine, device, threads, time; a JSON-like dict."
+    """Who, what and where.
+
+    Commit (without git `$NSKD_COMMIT`), versions, machine, device, threads, time; a JSON-like dict.
+    """
     dirty = git("status", "--porcelain", "--untracked-files=no", "--", "nskd", "nbs")
     return {
         "commit": git("rev-parse", "HEAD") or os.environ.get("NSKD_COMMIT"),
@@ -65,7 +68,10 @@ def provenance(device="cpu"):
 
 # %% ../../nbs/engine/06_runs.ipynb #20fa8a04
 class Unfinished(Exception):
-    "Time ran out before the result was there; what was done is kept, and the next call goes on. The message says how far it got, `directory` (where known) where."
+    """Time ran out before the result was there; what was done is kept, and the next call goes on.
+
+    The message says how far it got; `directory`, where it is known, in which folder.
+    """
 
     directory = None
 
@@ -74,13 +80,15 @@ class Unfinished(Exception):
 def directory_lock(directory, wait=True):
     """Hold the lock of `directory`, which is made if it isn't there; a second process waits, and says so.
 
-    The lock dies with its holder; the temporary files of one that died are removed. `wait=False`: ValueError instead of waiting.
+    Whoever has it may take it again. It dies with its holder; the temporary files of one that died are removed.
+    `wait=False`: ValueError instead of waiting.
     """
     from filelock import FileLock, Timeout
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock")
+    lock = FileLock((directory / ".lock").resolve(), is_singleton=True)
+    held = lock.is_locked
     try:
         lock.acquire(timeout=0.5 if wait else 0)
     except Timeout:
@@ -89,9 +97,10 @@ def directory_lock(directory, wait=True):
         warnings.warn(f"another process is at work in {directory}: waiting for it", stacklevel=3)
         lock.acquire()
     try:
-        for left in directory.glob(".*.tmp"):
-            if left.is_file():
-                left.unlink()
+        if not held:
+            for left in directory.glob(".*.tmp"):
+                if left.is_file():
+                    left.unlink()
         yield
     finally:
         lock.release()
@@ -106,11 +115,12 @@ def run_dir(kind, config, label=""):
 def cached(kind, config, make, label="", files=(), device="cpu", code=()):
     """The record of a run, made at most once: `make(directory)` is called unless a finished one is found.
 
-    `config`: JSON-like, everything that the result depends on besides the code of `make` (see `code_key`), of what is in `code`, and the
-    versions of the libraries, which are added. `make` writes its files into `directory` and returns a
-    JSON-like record; the record returned here has `directory` and `cached` (bool) added. An unfinished directory, or one
-    that lacks one of `files` or has it with other bytes than were written, is handed to `make` as it is, so that it may
-    resume. `make` may raise `Unfinished`: nothing is done then. `device` is noted in the provenance.
+    `config`: JSON-like, everything that the result depends on besides the code of `make` (see `code_key`), of what is
+    in `code`, and the versions of the libraries, which are added. `make` writes its files into `directory` and
+    returns a JSON-like record; the record returned here has `directory` and `cached` (bool) added. An unfinished
+    directory, or one that lacks one of `files` or has it with other bytes than were written, is handed to `make` as
+    it is, so that it may resume. `make` may raise `Unfinished`: nothing is done then. `device` is noted in the
+    provenance.
     """
     config = {
         **config,

@@ -14,7 +14,7 @@ import torch
 
 from ..losses import luminet_loss, perception
 
-# %% ../../nbs/luminet/02_appendix.ipynb #77501ea8
+# %% ../../nbs/luminet/02_appendix.ipynb #4aca1291
 def gradient_autograd(student_logits, teacher_logits, tau=4.0):
     "The gradient of `luminet_loss` (variant paper) with respect to the student's logits, by PyTorch: (B, C)."
     z = student_logits.detach().clone().requires_grad_()
@@ -23,91 +23,107 @@ def gradient_autograd(student_logits, teacher_logits, tau=4.0):
 
 def gradient_printed(student_logits, teacher_logits, tau=4.0):
     "LumiNet's gradient as Appendix A.4.1 prints it, with the missing 1/τ put in: (p_S − p_T) / (τ σ_j), (B, C)."
-    return _pull(student_logits, teacher_logits, tau) / student_logits.std(0, correction=0)
+    return _inner_gradient(student_logits, teacher_logits, tau) / student_logits.std(0, correction=0)
 
 
 def gradient_full(student_logits, teacher_logits, tau=4.0):
     "The gradient in closed form with the dependence of mean and deviation on every logit: (B, C)."
-    g, h = _pull(student_logits, teacher_logits, tau), perception(student_logits)
+    g, h = _inner_gradient(student_logits, teacher_logits, tau), perception(student_logits)
     return (g - g.mean(0) - h * (g * h).mean(0)) / student_logits.std(0, correction=0)
 
 
-def _pull(s, t, tau):
-    return ((perception(s) / tau).softmax(1) - (perception(t) / tau).softmax(1)) / tau
+def _inner_gradient(student_logits, teacher_logits, tau):
+    "(p_S − p_T) / τ of the perceptions: what the loss asks of a perception, before it is traced back to logits."
+    p_student = (perception(student_logits) / tau).softmax(1)
+    p_teacher = (perception(teacher_logits) / tau).softmax(1)
+    return (p_student - p_teacher) / tau
 
-
+# %% ../../nbs/luminet/02_appendix.ipynb #e1b138ad
 def compare_gradients(student_logits, teacher_logits, tau=4.0):
-    """Printed and full gradient against autograd's, in double precision: a dict.
+    """Printed and full gradient against autograd's, in double precision: a dict of floats.
 
-    `error_*`: norm of the difference over the norm of autograd's. `cosine`: of the printed one with autograd's. `shift`, `scale`: the largest
-    sum over the batch, and inner product with h_j, of a class's gradient, relative to its norm (printed; the true ones are 0).
+    `error_printed`, `error_full`: norm of the difference over the norm of autograd's. `cosine`: of the printed one
+    with autograd's. `shift`, `scale`: how much of the printed gradient shifts or scales a class, in the class where it
+    is most, 0 to 1; `true_shift`, `true_scale`: the same for autograd's, where both are 0.
     """
     s, t = student_logits.double(), teacher_logits.double()
-    auto, printed, full = (f(s, t, tau) for f in (gradient_autograd, gradient_printed, gradient_full))
-    h, n = perception(s), len(s) ** 0.5  # |1| = |h_j| = √B
-    part = lambda g: (
-        (g.sum(0) / (g.norm(dim=0) * n)).abs().max().item(),
-        ((g * h).sum(0) / (g.norm(dim=0) * n)).abs().max().item(),
-    )
-    (shift, scale), (true_shift, true_scale) = part(printed), part(auto)
+    auto = gradient_autograd(s, t, tau)
+    printed = gradient_printed(s, t, tau)
+    full = gradient_full(s, t, tau)
+    h = perception(s)
     return {
         "error_printed": ((printed - auto).norm() / auto.norm()).item(),
         "error_full": ((full - auto).norm() / auto.norm()).item(),
         "cosine": torch.cosine_similarity(printed.flatten(), auto.flatten(), 0).item(),
-        "shift": shift,
-        "scale": scale,
-        "true_shift": true_shift,
-        "true_scale": true_scale,
+        "shift": _largest_share(printed, torch.ones_like(h)),
+        "scale": _largest_share(printed, h),
+        "true_shift": _largest_share(auto, torch.ones_like(h)),
+        "true_scale": _largest_share(auto, h),
     }
 
-# %% ../../nbs/luminet/02_appendix.ipynb #3ffc0f88
+
+def _largest_share(gradient, direction):
+    "The largest cosine over classes of a class's gradient with its column of `direction`, whose norm is √B."
+    along = (gradient * direction).sum(0)
+    return (along / (gradient.norm(dim=0) * len(gradient) ** 0.5)).abs().max().item()
+
+# %% ../../nbs/luminet/02_appendix.ipynb #2d8bd36b
 def information(joint):
-    "I(A; B) in nats of a dict {(a, b): probability}."
-    total, a_of, b_of = sum(joint.values()), {}, {}
+    "I(A; B) in nats of a dict {(a, b): probability}; the probabilities need not add up to 1."
+    total, p_a, p_b = sum(joint.values()), {}, {}
     for (a, b), p in joint.items():
-        a_of[a] = a_of.get(a, 0) + p
-        b_of[b] = b_of.get(b, 0) + p
-    return sum(p / total * np.log(p * total / (a_of[a] * b_of[b])) for (a, b), p in joint.items() if p > 0)
+        p_a[a] = p_a.get(a, 0) + p
+        p_b[b] = p_b.get(b, 0) + p
+    return sum(p / total * np.log(p * total / (p_a[a] * p_b[b])) for (a, b), p in joint.items() if p > 0)
 
-
+# %% ../../nbs/luminet/02_appendix.ipynb #3b125a40
 def batch_information(values, p_value, p_label, m=2):
     """Exact information about labels in a batch of `m` independent samples, raw and perceived: a dict, nats.
 
-    `values` (V, C): the logits that a sample can have; `p_value` (V,): their probabilities; `p_label` (V, K): P(Y | value). Keys: `raw`,
-    `perceived` (of the whole batch), `raw_one`, `perceived_one` (of one sample and its own label), `variance` (Σ_j Var Z_j).
+    `values` (V, C): the logits that a sample can have; `p_value` (V,): their probabilities; `p_label` (V, K): P(Y |
+    value). Keys: `raw`, `perceived` (of the whole batch), `raw_one`, `perceived_one` (of one sample and its own
+    label), `variance` (Σ_j Var Z_j).
     """
-    whole, one = ({}, {}), ({}, {})
-    labels = range(p_label.shape[1])
+    joint = {name: {} for name in ("raw", "perceived", "raw_one", "perceived_one")}
     for batch in itertools.product(range(len(values)), repeat=m):
         z = values[list(batch)]
-        d = z.std(0)
-        h = np.where(d > 0, (z - z.mean(0)) / np.where(d > 0, d, 1), 0)
-        seen = [tuple(map(tuple, np.round(x, 9) + 0.0)) for x in (z, h)]
-        chance = np.prod(p_value[list(batch)])
-        for y in itertools.product(labels, repeat=m):
-            p = chance * np.prod([p_label[v, k] for v, k in zip(batch, y)])
-            for i, x in enumerate(seen):
-                whole[i][x, y] = whole[i].get((x, y), 0) + p
-                one[i][x[0], y[0]] = one[i].get((x[0], y[0]), 0) + p
+        seen = {"raw": _hashable(z), "perceived": _hashable(_perceived(z))}
+        p_batch = np.prod(p_value[list(batch)])
+        for labels in itertools.product(range(p_label.shape[1]), repeat=m):
+            p = p_batch * np.prod([p_label[v, k] for v, k in zip(batch, labels)])
+            for name, rows in seen.items():
+                _add(joint[name], (rows, labels), p)
+                _add(joint[f"{name}_one"], (rows[0], labels[0]), p)
     mean = p_value @ values
-    return {
-        "raw": information(whole[0]),
-        "perceived": information(whole[1]),
-        "raw_one": information(one[0]),
-        "perceived_one": information(one[1]),
-        "variance": float((p_value @ (values - mean) ** 2).sum()),
-    }
+    variance = float((p_value @ (values - mean) ** 2).sum())
+    return {**{name: information(p) for name, p in joint.items()}, "variance": variance}
 
 
+def _perceived(z):
+    deviation = z.std(0)
+    return np.where(deviation > 0, (z - z.mean(0)) / np.where(deviation > 0, deviation, 1), 0)
+
+
+def _hashable(rows):
+    return tuple(map(tuple, np.round(rows, 9) + 0.0))  # + 0.0: −0 is 0
+
+
+def _add(table, key, p):
+    table[key] = table.get(key, 0) + p
+
+# %% ../../nbs/luminet/02_appendix.ipynb #6f817007
 def search_counterexamples(tries=200, seed=0, values=3, classes=2, labels=2, m=2):
     """Random logits of few values, every information exact: a list of `batch_information` dicts with `alpha` added.
 
-    `alpha` is the largest α with which Theorem 1's inequality would hold, (perceived − raw) / variance: the theorem needs one above 0.
+    `alpha` is the largest α with which Theorem 1's inequality would hold, (perceived − raw) / variance: the theorem
+    needs one above 0.
     """
     rng, found = np.random.default_rng(seed), []
     for _ in range(tries):
         z = rng.normal(size=(values, classes)) * rng.lognormal(size=classes)
-        case = batch_information(z, rng.dirichlet(np.ones(values)), rng.dirichlet(np.full(labels, 0.5), size=values), m)
+        p_value = rng.dirichlet(np.ones(values))
+        p_label = rng.dirichlet(np.full(labels, 0.5), size=values)
+        case = batch_information(z, p_value, p_label, m)
         found.append({**case, "alpha": (case["perceived"] - case["raw"]) / case["variance"]})
     return found
 
@@ -116,39 +132,32 @@ def entropy_gain(sigma):
     "Differential entropy (nats) that a Gaussian logit of deviation `sigma` gains when it is standardised: −log σ."
     return float(-np.log(sigma))
 
-# %% ../../nbs/luminet/02_appendix.ipynb #c98b77b4
+# %% ../../nbs/luminet/02_appendix.ipynb #0b8cd0c0
 def loss_by_batch_size(student_logits, teacher_logits, sizes, batches=200, tau=4.0, seed=0):
-    """The mean LumiNet loss an input in random batches of each size (without replacement): a list of dicts.
+    """LumiNet's loss per input in random batches of each size (without replacement): a list of dicts, one a size.
 
-    Logits (N, C). `size`, `mean`, `deviation` (over batches), `bias` (mean less the loss of all N in one batch) and its standard error `se`,
-    and `relative` (bias over that loss).
+    Logits (N, C). `size`, `mean` and `deviation` over batches, `bias` (mean less the loss of all N in one batch) and
+    its standard error `se`, `relative` (bias over that loss). ValueError for a size below 2 or above N.
     """
-    s, t, g = student_logits.double(), teacher_logits.double(), torch.Generator().manual_seed(seed)
-    n, rows = len(s), []
+    s, t = student_logits.double(), teacher_logits.double()
+    generator = torch.Generator().manual_seed(seed)
+    n = len(s)
     if bad := [m for m in sizes if not 2 <= m <= n]:
         raise ValueError(f"a batch must hold 2 to {n} of the {n} inputs, not {bad[0]}")
     limit = (luminet_loss(s, t, tau) / n).item()
+    rows = []
     for m in sizes:
-        losses = np.array(
-            [
-                (luminet_loss(s[i], t[i], tau) / m).item()
-                for i in (torch.randperm(n, generator=g)[:m] for _ in range(batches))
-            ]
-        )
-        mean, deviation = losses.mean(), losses.std(ddof=1)
-        rows.append(
-            {
-                "size": m,
-                "mean": mean,
-                "deviation": deviation,
-                "bias": mean - limit,
-                "se": deviation / batches**0.5,
-                "relative": (mean - limit) / limit,
-            }
-        )
+        losses = []
+        for _ in range(batches):
+            chosen = torch.randperm(n, generator=generator)[:m]
+            losses.append((luminet_loss(s[chosen], t[chosen], tau) / m).item())
+        mean, deviation = np.mean(losses), np.std(losses, ddof=1)
+        se, relative = deviation / batches**0.5, (mean - limit) / limit
+        rows.append(dict(size=m, mean=mean, deviation=deviation, bias=mean - limit, se=se, relative=relative))
     return rows
 
 
 def slope(rows, column):
-    "The exponent b of |column| ∝ size^b, by least squares in logarithms."
-    return float(np.polyfit(np.log([r["size"] for r in rows]), np.log([abs(r[column]) for r in rows]), 1)[0])
+    "The exponent b of |column| ∝ size^b, by least squares in logarithms; `rows` of `loss_by_batch_size`."
+    sizes, values = [r["size"] for r in rows], [abs(r[column]) for r in rows]
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..engine.config import one_of
 from ..theory.attention import prefix_tokens
 
-# %% ../../nbs/singer/01_adapter.ipynb #eed9c1f5
+# %% ../../nbs/singer/01_adapter.ipynb #0304389a
 VARIANTS = {  # the paper's appendix C, K and section 4.5; the released configuration
     "paper": {"rank": 16, "alpha": 0.95, "lambda_outlier": 1.0, "lambda_info": 1.0},
     "released": {"rank": 64, "alpha": 0.97, "lambda_outlier": 0.01, "lambda_info": 1.0},
@@ -28,44 +28,60 @@ VARIANTS = {  # the paper's appendix C, K and section 4.5; the released configur
 
 
 def transformer_blocks(net):
-    "The transformer blocks of `net`, a timm ViT, in order: a list of modules with `attn` and `mlp`. ValueError without any."
+    """The transformer blocks of `net`, a timm ViT, in order: a list of modules with `attn` and `mlp`.
+
+    ValueError for a network without such blocks.
+    """
     blocks = list(getattr(net, "blocks", None) or [])
     if not blocks or not all(hasattr(b, "attn") and hasattr(b, "mlp") for b in blocks):
         raise ValueError(
-            f"{type(net).__name__} has no sequence of transformer blocks: give a timm ViT, such as vit_tiny or deit_tiny_patch16_224"
+            f"{type(net).__name__} has no sequence of transformer blocks: "
+            "give a timm ViT, such as vit_tiny or deit_tiny_patch16_224"
         )
     return blocks
 
 
 def check_layers(layers, depth):
-    "`layers` (counted from 0, or from the end if negative) sorted and all at or above 0; ValueError unless each is one of `depth` blocks, once."
-    found = [l + depth if isinstance(l, int) and l < 0 else l for l in layers]
+    """`layers` sorted, all counted from 0 (a negative one is counted from the end).
+
+    ValueError unless each is one of `depth` blocks, and listed once.
+    """
+    found = []
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer < depth:
+            raise ValueError(f"a layer must be a whole number from 0 to {depth - 1} for {depth} blocks, not {layer!r}")
+        found.append(layer % depth)
     if not found:
         raise ValueError("there must be at least one distillation layer")
-    for l, given in zip(found, layers):
-        if isinstance(l, bool) or not isinstance(l, int) or not 0 <= l < depth:
-            raise ValueError(f"a layer must be a whole number from 0 to {depth - 1} for {depth} blocks, not {given!r}")
     if len(set(found)) < len(found):
         raise ValueError(f"a distillation layer is listed twice in {list(layers)}")
     return sorted(found)
 
 
 def block_features(net, x, layers=None):
-    """What leaves the blocks of ViT `net` on images `x` (B, C, H, W): {layer: (B, tokens, D)}, [CLS] and registers first.
+    """What leaves the blocks of ViT `net` on images `x` (B, C, H, W): {layer: (B, tokens, D)}, prefix tokens first.
 
     `layers`: blocks counted from 0 (negative: from the end); all by default. Gradients flow; modes are left alone.
     """
     blocks = transformer_blocks(net)
-    layers, found = range(len(blocks)) if layers is None else check_layers(layers, len(blocks)), {}
-    handles = [blocks[l].register_forward_hook(lambda m, a, out, l=l: found.__setitem__(l, out)) for l in layers]
+    layers = range(len(blocks)) if layers is None else check_layers(layers, len(blocks))
+    found = {}
+
+    def keep(layer):
+        def hook(block, inputs, output):
+            found[layer] = output
+
+        return hook
+
+    handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
         net.forward_features(x)
     finally:
-        for h in handles:
-            h.remove()
+        for handle in handles:
+            handle.remove()
     return found
 
-# %% ../../nbs/singer/01_adapter.ipynb #0258b7e2
+# %% ../../nbs/singer/01_adapter.ipynb #03fe1b45
 def linearised_ffn(module, layer=None):
     """The FFN of a block without activation and biases, as a matrix for row vectors: (D, D) with h W ≈ FFN(h).
 
@@ -76,16 +92,16 @@ def linearised_ffn(module, layer=None):
         blocks = transformer_blocks(module)
         module = blocks[check_layers([layer], len(blocks))[0]]
     mlp = getattr(module, "mlp", module)
-    first, second = (getattr(mlp, n, None) for n in ("fc1", "fc2"))
-    if not (
-        isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and second.in_features == first.out_features
-    ):
+    first, second = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
+    linear = isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+    if not linear or second.in_features != first.out_features:
         raise ValueError(
-            f"{type(mlp).__name__} is no FFN of two linear layers fc1 and fc2: a gated one, or a network without transformer blocks, can't be linearised so"
+            f"{type(mlp).__name__} is no FFN of two linear layers fc1 and fc2: a gated one, or a network without "
+            "transformer blocks, can't be linearised so"
         )
     return (second.weight @ first.weight).mT.detach()
 
-
+# %% ../../nbs/singer/01_adapter.ipynb #f74d9230
 class Nullspace(NamedTuple):
     "The two ends of a matrix's left singular vectors, and its spectrum; see `left_nullspace`."
 
@@ -94,13 +110,13 @@ class Nullspace(NamedTuple):
     singular_values: torch.Tensor  # (D,) from the largest down
 
     def energy(self):
-        "E(k) for k = 1 … D: the share of the squared singular values in the first k, (D,), in (0, 1]. Source: SiNGER, A.2."
+        "E(k) for k = 1 … D: the share of the squared singular values in the first k, (D,). Source: SiNGER, A.2."
         squares = self.singular_values.double().square()
         return squares.cumsum(0) / squares.sum()
 
     def k_energy(self, rho=0.999):
         "The smallest k from 1 with E(k) ≥ `rho`. Source: SiNGER, Eq. 18."
-        _in_unit_interval(rho, "rho")
+        _check_unit_interval(rho, "rho")
         return int((self.energy() < rho).sum()) + 1
 
     def k_epsilon(self, epsilon=0.05):
@@ -116,21 +132,24 @@ class Nullspace(NamedTuple):
 def left_nullspace(w, rank, variant="paper", threshold=0.05, seed=0):
     """Directions v with vᵀ `w` ≈ 0, and the spectrum they were read from: a `Nullspace`.
 
-    `w`: (D, D), for row vectors. `rank`: 1 … D directions. variant "paper": the left singular vectors of the `rank` smallest
-    singular values, in descending order of those; "released": of the first `rank` singular values below `threshold`, random unit
-    vectors (from `seed`) where there are fewer. Source: SiNGER, A.2. ValueError for a rank above the width.
+    `w`: (D, D), for row vectors. `rank`: 1 … D directions. variant "paper": the left singular vectors of the `rank`
+    smallest singular values, in descending order of those; "released": of the first `rank` singular values below
+    `threshold`, random unit vectors (from `seed`) where there are fewer. Source: SiNGER, A.2. ValueError for a rank
+    above the width.
     """
     one_of(variant, VARIANTS, "variant")
     _check_rank(rank, len(w))
-    u, s, _ = torch.linalg.svd(w)
-    basis = u[:, -rank:]
+    vectors, singular_values, _ = torch.linalg.svd(w)
+    basis = vectors[:, -rank:]
     if variant == "released":
-        small = u[:, s < threshold][:, :rank]
-        basis = torch.cat([small, _random_directions(rank - small.shape[1], len(w), seed).to(w)], 1)
-    return Nullspace(basis.contiguous(), u[:, :rank].contiguous(), s)
+        small = vectors[:, singular_values < threshold][:, :rank]
+        missing = rank - small.shape[1]
+        basis = torch.cat([small, _random_directions(missing, len(w), seed).to(w)], 1)
+    return Nullspace(basis.contiguous(), vectors[:, :rank].contiguous(), singular_values)
 
 
 def _random_directions(n, width, seed):
+    "`n` random unit vectors as columns, (`width`, `n`)."
     return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=-1).mT
 
 
@@ -139,17 +158,18 @@ def _check_rank(rank, width):
         raise ValueError(f"rank must be a whole number from 1 to the width {width}, not {rank!r}")
 
 
-def _in_unit_interval(value, what):
+def _check_unit_interval(value, what):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ValueError(f"{what} must lie between 0 and 1, both excluded, not {value!r}")
 
-# %% ../../nbs/singer/01_adapter.ipynb #90fdd2a9
+# %% ../../nbs/singer/01_adapter.ipynb #e402a236
 class SingerAdapter(nn.Module):
     """SiNGER's low-rank refinement of teacher features: tokens (…, D) → (…, D), F + (F φ_down) φ_up.
 
-    `w`: (D, D), the linearised FFN whose left nullspace it starts in (`start` "nullspace"), or only its width ("random": random unit
-    vectors from `seed`; the paper does not say which, the released code does). `rank`: the variant's by default (16, 64).
-    `space` is the `Nullspace` that it was started from, or would have been. Source: SiNGER, Eq. 6 to 8.
+    `w`: (D, D), the linearised FFN whose left nullspace it starts in (`start` "nullspace"), or only its width
+    ("random": random unit vectors from `seed`; the paper does not say which, the released code does). `rank`: the
+    variant's by default (16, 64). `space` is the `Nullspace` that it was started from, or would have been. Source:
+    SiNGER, Eq. 6 to 8.
     """
 
     def __init__(self, w, rank=None, start="nullspace", variant="paper", seed=0):
@@ -159,7 +179,8 @@ class SingerAdapter(nn.Module):
         rank = VARIANTS[variant]["rank"] if rank is None else rank
         self.space = left_nullspace(w, rank, variant, seed=seed)
         n = self.space.basis if start == "nullspace" else _random_directions(rank, len(w), seed).to(w)
-        self.down, self.up = nn.Parameter(n.clone()), nn.Parameter(n.mT.clone().contiguous())  # (D, r), (r, D)
+        self.down = nn.Parameter(n.clone())  # (D, r)
+        self.up = nn.Parameter(n.mT.clone().contiguous())  # (r, D)
 
     def delta(self, tokens):
         "The change ΔF alone: (…, D) → (…, D)."
@@ -167,66 +188,78 @@ class SingerAdapter(nn.Module):
 
     def forward(self, tokens, prefix=0):
         "`tokens` (B, n, D) refined; the first `prefix` ([CLS], registers) are left as they are."
-        return (
-            torch.cat([tokens[:, :prefix], tokens[:, prefix:] + self.delta(tokens[:, prefix:])], 1)
-            if prefix
-            else tokens + self.delta(tokens)
-        )
+        if not prefix:
+            return tokens + self.delta(tokens)
+        front, patches = tokens[:, :prefix], tokens[:, prefix:]
+        return torch.cat([front, patches + self.delta(patches)], 1)
 
-
+# %% ../../nbs/singer/01_adapter.ipynb #94510250
 def alignment(adapter, space=None):
-    """How far an adapter's matrices lie in the principal and in the null directions: {"up": {"E_prob", "E_safe"}, "down": …}, each in [0, 1].
+    """How far an adapter's matrices lie in the principal and in the null directions, each share in [0, 1].
 
-    `space`: a `Nullspace` of the adapter's rank, by default the one it was made with. Source: SiNGER, Eq. 13.
+    {"up": {"E_prob", "E_safe"}, "down": …}. `space`: a `Nullspace` of the adapter's rank, by default the one it was
+    made with. Source: SiNGER, Eq. 13.
     """
     space = space or adapter.space
-    share = lambda phi, basis: float((phi @ basis).norm() / phi.norm())
+    matrices = {"up": adapter.up.detach(), "down": adapter.down.detach().mT}
     return {
-        name: {"E_prob": share(phi, space.principal), "E_safe": share(phi, space.basis)}
-        for name, phi in (("up", adapter.up.detach()), ("down", adapter.down.detach().mT))
+        name: {"E_prob": _share_within(phi, space.principal), "E_safe": _share_within(phi, space.basis)}
+        for name, phi in matrices.items()
     }
 
-# %% ../../nbs/singer/01_adapter.ipynb #71250e8d
+
+def _share_within(phi, basis):
+    return float((phi @ basis).norm() / phi.norm())
+
+# %% ../../nbs/singer/01_adapter.ipynb #80beb6fa
 def match_layers(layers, teacher_depth, student_depth, variant="paper"):
     """The student's layer for each of the teacher's `layers`, counted from 0: a list.
 
-    variant "paper": by depth, the last goes to the last (section 4.1, Appendix K); "released": a linear assignment of l / teacher_depth to
-    i / (student_depth − 1).
+    variant "paper": by depth, the last goes to the last (section 4.1, Appendix K); "released": a linear assignment of
+    l / teacher_depth to i / (student_depth − 1).
     """
     one_of(variant, VARIANTS, "variant")
     layers = check_layers(layers, teacher_depth)
     if variant == "paper":
-        return [-(-(l + 1) * student_depth // teacher_depth) - 1 for l in layers]
-    return linear_sum_assignment(np.abs(np.divide(layers, teacher_depth)[:, None] - np.linspace(0, 1, student_depth)))[
-        1
-    ].tolist()
+        return [-(-(layer + 1) * student_depth // teacher_depth) - 1 for layer in layers]  # −(−a // b): rounded up
+    ours, theirs = np.divide(layers, teacher_depth), np.linspace(0, 1, student_depth)
+    _, chosen = linear_sum_assignment(np.abs(ours[:, None] - theirs))
+    return chosen.tolist()
 
 
 def projections(student_dim, teacher_dim, layers, seed=0):
-    "A trainable linear map P_l from student to teacher features for each of `layers`: a ModuleDict with the layers as keys. Source: SiNGER, Eq. 1."
+    """A trainable linear map P_l from student to teacher features for each of `layers`: a ModuleDict, layers as keys.
+
+    Source: SiNGER, Eq. 1.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return nn.ModuleDict({str(l): nn.Linear(student_dim, teacher_dim) for l in layers})
+        return nn.ModuleDict({str(layer): nn.Linear(student_dim, teacher_dim) for layer in layers})
 
-# %% ../../nbs/singer/01_adapter.ipynb #8cec7c47
+# %% ../../nbs/singer/01_adapter.ipynb #45d02250
 def gram(tokens, cosine=False):
-    "Gram matrices of (B, n, D) tokens: (B, n, n), F Fᵀ; `cosine`: of tokens normalised to length one. Source: SiNGER, section 4.5."
+    """Gram matrices of (B, n, D) tokens: (B, n, n), F Fᵀ; `cosine`: of tokens normalised to length one.
+
+    Source: SiNGER, section 4.5.
+    """
     tokens = F.normalize(tokens, dim=-1) if cosine else tokens
     return tokens @ tokens.mT
 
 
 def outlier_loss(patches, alpha=0.95):
-    """Mean squared excess of outlier norms over their image's `alpha`-quantile: (B, n, D) patches → a scalar, 0 without outliers.
+    """Mean squared excess of outlier norms over their image's `alpha`-quantile: (B, n, D) patches → a scalar.
 
-    The quantile (linear interpolation) is a constant for the gradient. Source: SiNGER, Eq. 10; ValueError unless 0 < alpha < 1.
+    0 where no patch is an outlier.
+    The quantile (linear interpolation) is a constant for the gradient. Source: SiNGER, Eq. 10; ValueError unless 0 <
+    alpha < 1.
     """
-    _in_unit_interval(alpha, "the percentile alpha")
+    _check_unit_interval(alpha, "the percentile alpha")
     norms = patches.norm(dim=-1)
     excess = norms - norms.detach().quantile(alpha, dim=1, keepdim=True)
     outlying = excess.detach() > 0
     return excess[outlying].square().mean() if outlying.any() else norms.sum() * 0
 
-
+# %% ../../nbs/singer/01_adapter.ipynb #b039a0f1
 class SingerLosses(NamedTuple):
     "Scalars: the weighted sum, and its three parts without weights."
 
@@ -250,51 +283,72 @@ def singer_loss(
 ):
     """SiNGER's three losses over its distillation layers and their weighted sum: `SingerLosses`.
 
-    `teacher`, `refined`, `student`: {layer: (B, tokens, D)}, F_l, F̂_l and P_l(F_l^S), the first `prefix` tokens no patches.
-    `following`: {layer: (F_{l+1}, F̂_{l+1})} for the intermediate layers; one without is judged by its own features, as the final one is.
-    `alpha`, `lambda_outlier`, `lambda_info`: the variant's by default. variant "paper": sums over layers, patches only, Gram matrices F Fᵀ.
-    "released": means over layers, [CLS] in the distillation loss and in the intermediate information loss, which is a plain mean
-    squared error; the final layer's Gram matrix is compared with that of the last intermediate *refined* features (its own, if there are
-    none), features normalised. `cosine` overrides whether Gram matrices are of normalised features. Source: SiNGER, Eq. 9 to 12.
+    `teacher`, `refined`, `student`: {layer: (B, tokens, D)}, F_l, F̂_l and P_l(F_l^S), of which the first `prefix`
+    tokens are no patches. `following`: {layer: (F_{l+1}, F̂_{l+1})} for the intermediate layers; one without is judged
+    by its own features, as the final one is. `alpha`, `lambda_outlier`, `lambda_info`: the variant's by default.
+    variant "paper": sums over layers, patches only, Gram matrices F Fᵀ. "released": means over layers, [CLS] in the
+    distillation loss and in the intermediate information loss, which is a plain mean squared error; the final layer's
+    Gram matrix is compared with that of the last intermediate *refined* features (its own, if there are none),
+    features normalised. `cosine` overrides whether Gram matrices are of normalised features. Source: SiNGER, Eq. 9 to
+    12.
     """
     one_of(variant, VARIANTS, "variant")
     if not teacher or not set(teacher) == set(refined) == set(student):
         raise ValueError(
-            f"teacher, refined and student must hold the same layers, at least one: {sorted(teacher)}, {sorted(refined)}, {sorted(student)}"
+            "teacher, refined and student must hold the same layers, at least one: "
+            f"{sorted(teacher)}, {sorted(refined)}, {sorted(student)}"
         )
-    weight = {
-        **VARIANTS[variant],
-        **{
-            k: v
-            for k, v in dict(alpha=alpha, lambda_outlier=lambda_outlier, lambda_info=lambda_info).items()
-            if v is not None
-        },
-    }
-    released, following, layers = variant == "released", following or {}, sorted(teacher)
-    cosine, patches, between = released if cosine is None else cosine, lambda t: t[:, prefix:], None
+    given = dict(alpha=alpha, lambda_outlier=lambda_outlier, lambda_info=lambda_info)
+    setting = VARIANTS[variant] | {name: value for name, value in given.items() if value is not None}
+    released = variant == "released"
+    cosine = released if cosine is None else cosine
+    parts = _released_losses if released else _paper_losses
+    kd, outlier, info = parts(teacher, refined, student, following or {}, prefix, setting["alpha"], cosine)
+    total = kd + setting["lambda_outlier"] * outlier + setting["lambda_info"] * info
+    return SingerLosses(total, kd, outlier, info)
+
+
+def _paper_losses(teacher, refined, student, following, prefix, alpha, cosine):
     kd = outlier = info = 0.0
-    for l in layers:
-        seen = (lambda t: t) if released else patches
-        kd = kd + F.mse_loss(seen(student[l]), seen(refined[l]))
-        outlier = outlier + outlier_loss(patches(refined[l]), weight["alpha"])
-        if l in following and released:
-            info, between = info + F.mse_loss(following[l][1], following[l][0]), refined[l]
+    for layer in sorted(teacher):
+        patches = refined[layer][:, prefix:]
+        kd = kd + F.mse_loss(student[layer][:, prefix:], patches)
+        outlier = outlier + outlier_loss(patches, alpha)
+        before, after = following.get(layer, (teacher[layer], refined[layer]))
+        info = info + _gram_loss(after[:, prefix:], before[:, prefix:], cosine)
+    return kd, outlier, info
+
+
+def _released_losses(teacher, refined, student, following, prefix, alpha, cosine):
+    kd = outlier = info = 0.0
+    intermediate = None
+    for layer in sorted(teacher):
+        kd = kd + F.mse_loss(student[layer], refined[layer])
+        outlier = outlier + outlier_loss(refined[layer][:, prefix:], alpha)
+        if layer in following:
+            before, after = following[layer]
+            info = info + F.mse_loss(after, before)
+            intermediate = refined[layer]
         else:
-            was, now = following.get(l, (between if between is not None else teacher[l], refined[l]))
-            info = info + F.mse_loss(gram(patches(now), cosine), gram(patches(was), cosine))
-    if released:
-        kd, outlier, info = (v / len(layers) for v in (kd, outlier, info))
-    return SingerLosses(kd + weight["lambda_outlier"] * outlier + weight["lambda_info"] * info, kd, outlier, info)
+            before = teacher[layer] if intermediate is None else intermediate
+            info = info + _gram_loss(refined[layer][:, prefix:], before[:, prefix:], cosine)
+    return kd / len(teacher), outlier / len(teacher), info / len(teacher)
 
-# %% ../../nbs/singer/01_adapter.ipynb #84400d73
+
+def _gram_loss(a, b, cosine):
+    return F.mse_loss(gram(a, cosine), gram(b, cosine))
+
+# %% ../../nbs/singer/01_adapter.ipynb #880b02d7
 class Singer(nn.Module):
-    """SiNGER for a pair of ViTs: adapters on the teacher's `layers`, projections of the student's; call it on both networks' block features.
+    """SiNGER for a pair of ViTs: adapters on the teacher's `layers`, projections of the student's features.
 
-    `teacher`, `student`: timm ViTs (only widths, depths, FFNs and next blocks are read; the teacher is left alone). `layers`: of the teacher,
-    counted from 0, negative from the end; one is enough. An intermediate layer's adapter starts in the nullspace of the *next* block's FFN,
-    the last one's in that of its own. `loss`: arguments of `singer_loss` (alpha, lambda_outlier, lambda_info, cosine).
-    `matching`: whose pairing of layers (`match_layers`), the variant's by default. Its own parameters, adapters and projections, are
-    trained with the student's. Source: SiNGER, section 3.3.
+    Call it on both networks' block features.
+    `teacher`, `student`: timm ViTs (only widths, depths, FFNs and next blocks are read; the teacher is left alone).
+    `layers`: of the teacher, counted from 0, negative from the end; one is enough. An intermediate layer's adapter
+    starts in the nullspace of the *next* block's FFN, the last one's in that of its own. `loss`: arguments of
+    `singer_loss` (alpha, lambda_outlier, lambda_info, cosine). `matching`: whose pairing of layers (`match_layers`),
+    the variant's by default. Its own parameters, adapters and projections, are trained with the student's. Source:
+    SiNGER, section 3.3.
     """
 
     def __init__(
@@ -302,45 +356,33 @@ class Singer(nn.Module):
     ):
         super().__init__()
         blocks, depth = transformer_blocks(teacher), len(transformer_blocks(student))
-        self.layers, self.prefix, self.variant, self.loss = (
-            check_layers(layers, len(blocks)),
-            prefix_tokens(teacher),
-            variant,
-            loss,
-        )
+        last = len(blocks) - 1
+        self.layers = check_layers(layers, len(blocks))
+        self.prefix, self.variant, self.loss = prefix_tokens(teacher), variant, loss
         self.student_layers = match_layers(self.layers, len(blocks), depth, matching or variant)
-        self.adapters = nn.ModuleDict(
-            {
-                str(l): SingerAdapter(linearised_ffn(blocks[min(l + 1, len(blocks) - 1)]), rank, start, variant, seed)
-                for l in self.layers
-            }
-        )
+        self.adapters = nn.ModuleDict()
+        for layer in self.layers:
+            w = linearised_ffn(blocks[min(layer + 1, last)])
+            self.adapters[str(layer)] = SingerAdapter(w, rank, start, variant, seed)
         self.projections = projections(student.embed_dim, teacher.embed_dim, self.layers, seed)
-        # copies, in a list that is no submodule: their weights are neither trained nor saved
-        self._next = [
-            {l: copy.deepcopy(blocks[l + 1]).eval().requires_grad_(False) for l in self.layers if l + 1 < len(blocks)}
-        ]
-        self.teacher_layers = sorted({m for l in self.layers for m in (l, l + 1) if m < len(blocks)})
+        # copies, in a plain dict, which is no submodule: their weights are neither trained nor saved
+        intermediate = [layer for layer in self.layers if layer < last]
+        self._next = {l: copy.deepcopy(blocks[l + 1]).eval().requires_grad_(False) for l in intermediate}
+        self.teacher_layers = sorted({*self.layers, *(layer + 1 for layer in intermediate)})
 
     def refine(self, features):
         "F̂_l of the teacher's {layer: features}: {layer: (B, tokens, D)}."
-        return {l: self.adapters[str(l)](features[l], self.prefix) for l in self.layers}
+        return {layer: self.adapters[str(layer)](features[layer], self.prefix) for layer in self.layers}
 
     def follow(self, refined):
         "F̂_{l+1}: the next block's output on the refined features of the intermediate layers."
-        return {l: block.to(refined[l].device)(refined[l]) for l, block in self._next[0].items()}
+        return {layer: block.to(refined[layer].device)(refined[layer]) for layer, block in self._next.items()}
 
     def forward(self, teacher, student):
         "`SingerLosses` of block features: `teacher` must hold `teacher_layers`, `student` the `student_layers`."
         refined = self.refine(teacher)
-        following = {l: (teacher[l + 1], f) for l, f in self.follow(refined).items()}
-        projected = {l: self.projections[str(l)](student[s]) for l, s in zip(self.layers, self.student_layers)}
-        return singer_loss(
-            {l: teacher[l] for l in self.layers},
-            refined,
-            projected,
-            following,
-            self.prefix,
-            variant=self.variant,
-            **self.loss,
-        )
+        following = {layer: (teacher[layer + 1], after) for layer, after in self.follow(refined).items()}
+        pairs = zip(self.layers, self.student_layers)
+        projected = {layer: self.projections[str(layer)](student[own]) for layer, own in pairs}
+        taught = {layer: teacher[layer] for layer in self.layers}
+        return singer_loss(taught, refined, projected, following, self.prefix, variant=self.variant, **self.loss)

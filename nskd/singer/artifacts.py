@@ -6,8 +6,9 @@
 __all__ = ['SHARPNESS', 'GAINS', 'patch_norms', 'norm_statistics', 'artifact_report', 'subspace_energy', 'emptiest_patches',
            'artifact_unit', 'amplified', 'plant_artifacts']
 
-# %% ../../nbs/singer/02_artifacts.ipynb #d48e2f46
+# %% ../../nbs/singer/02_artifacts.ipynb #130ce12e
 import copy
+import math
 
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
@@ -18,7 +19,7 @@ from ..evaluation import evaluate
 from .adapter import block_features, check_layers, linearised_ffn, transformer_blocks
 from ..theory.attention import prefix_tokens
 
-# %% ../../nbs/singer/02_artifacts.ipynb #ac94c8eb
+# %% ../../nbs/singer/02_artifacts.ipynb #bac62ee6
 def patch_norms(tokens, prefix=1):
     "Norms of the patches of (B, tokens, D) features: (B, patches), the first `prefix` tokens left out."
     return tokens[:, prefix:].norm(dim=-1)
@@ -27,10 +28,10 @@ def patch_norms(tokens, prefix=1):
 def norm_statistics(norms, top=0.05):
     """Of (B, n) patch norms, one value an image: a dict of (B,) tensors.
 
-    `median`; `excess`, largest over median, at least 1; `outliers`, the share above 3 medians; `top_share`, the part of the squared norms
-    in the `top` longest patches (rounded up), from their own share up to 1.
+    `median`; `excess`, largest over median, at least 1; `outliers`, the share above 3 medians; `top_share`, the part
+    of the squared norms in the `top` longest patches (rounded up), from their own share up to 1.
     """
-    k, median = max(1, -int(-top * norms.shape[1] // 1)), norms.median(1).values
+    k, median = max(1, math.ceil(top * norms.shape[1])), norms.median(1).values
     squares = norms.double().square()
     return {
         "median": median,
@@ -39,63 +40,58 @@ def norm_statistics(norms, top=0.05):
         "top_share": squares.topk(k, 1).values.sum(1) / squares.sum(1),
     }
 
-
+# %% ../../nbs/singer/02_artifacts.ipynb #04a068f5
 @torch.no_grad()
 def artifact_report(net, images, batch_size=256, top=0.05):
-    "`norm_statistics` of every block's output on `images` (N, C, H, W), means over images: a DataFrame with one row a `layer`."
-    rows = {}
+    """`norm_statistics` of every block's output on `images` (N, C, H, W), means over images.
+
+    A DataFrame with one row a `layer`.
+    """
+    prefix, rows = prefix_tokens(net), {}
     for part in images.split(batch_size):
-        for l, f in block_features(net, part).items():
-            rows.setdefault(l, []).append(pd.DataFrame(norm_statistics(patch_norms(f, prefix_tokens(net)), top)))
-    return pd.DataFrame([{"layer": l, **pd.concat(parts).mean()} for l, parts in rows.items()])
+        for layer, f in block_features(net, part).items():
+            rows.setdefault(layer, []).append(pd.DataFrame(norm_statistics(patch_norms(f, prefix), top)))
+    return pd.DataFrame([{"layer": layer, **pd.concat(parts).mean()} for layer, parts in rows.items()])
 
 
 def subspace_energy(tokens, basis):
-    "The share of each token's squared norm within the columns of an orthonormal `basis` (D, r): (…, D) → (…), in [0, 1]. Source: SiNGER, Appendix I."
-    return (tokens @ basis).square().sum(-1) / tokens.square().sum(-1).clamp_min(torch.finfo(tokens.dtype).tiny)
+    """The share of each token's squared norm within the columns of an orthonormal `basis` (D, r), in [0, 1].
 
-# %% ../../nbs/singer/02_artifacts.ipynb #2d4a8161
+    `tokens`: (…, D); result (…). Source: SiNGER, Appendix I.
+    """
+    whole = tokens.square().sum(-1).clamp_min(torch.finfo(tokens.dtype).tiny)
+    return (tokens @ basis).square().sum(-1) / whole
+
+# %% ../../nbs/singer/02_artifacts.ipynb #af1f3e69
 @torch.no_grad()
 def emptiest_patches(net, images, share=0.05):
-    "Which `share` of each image's patches (at least one) varies least in its pixels: (N, patches) bool; ties go to the first."
+    """Which `share` of each image's patches varies least in its pixels: (N, patches) bool.
+
+    At least one an image; ties go to the first.
+    """
     size = net.patch_embed.patch_size
     pixels = F.unfold(images, size, stride=size)  # (N, pixels, patches)
     n = pixels.shape[2]
-    order = pixels.var(1).argsort(dim=1, stable=True)[:, : max(1, round(share * n))]
-    return torch.zeros(len(images), n, dtype=torch.bool).scatter_(1, order, True)
+    chosen = pixels.var(1).argsort(dim=1, stable=True)[:, : max(1, round(share * n))]
+    return torch.zeros(len(images), n, dtype=torch.bool).scatter_(1, chosen, True)
 
-
+# %% ../../nbs/singer/02_artifacts.ipynb #9005efe4
 SHARPNESS = 10.0  # c: of a unit of 1 where open, GELU leaves at most 0.02 where shut
-
-
-def _ffn_tokens(net, images, block):
-    "Of all tokens of `images`: the input of the block's FFN and its hidden layer, (N, tokens, ·)."
-    seen = {}
-    handles = [
-        block.mlp.register_forward_pre_hook(lambda m, args: seen.__setitem__("input", args[0])),
-        block.mlp.fc2.register_forward_pre_hook(lambda m, args: seen.__setitem__("hidden", args[0])),
-    ]
-    try:
-        net.forward_features(images)
-    finally:
-        [h.remove() for h in handles]
-    return seen["input"], seen["hidden"]
 
 
 @torch.no_grad()
 def artifact_unit(net, images, layer, share=0.0625):
     """What `plant_artifacts` makes of a hidden unit of block `layer`: a dict.
 
-    `read` (D,) and `offset`: read · z + offset of the FFN's input z is above 0 in a `share` of the patches of `images`, 1 there in the mean, below 0 in the others and
-    in prefix tokens. `write` (D,): the leading direction of the linearised FFN's output. `unit`: which one is given up, the one whose output varies least; `level`: its mean, which the bias keeps.
+    `read` (D,) and `offset`: read · z + offset of the FFN's input z is above 0 in a `share` of the patches of
+    `images`, 1 there in the mean, below 0 in the others and in prefix tokens. `write` (D,): the leading direction of
+    the linearised FFN's output. `unit`: which one is given up, the one whose output varies least; `level`: its mean,
+    which the bias keeps. ValueError where no patch can be told from the prefix tokens.
     """
-    block, prefix, chosen = transformer_blocks(net)[layer], prefix_tokens(net), emptiest_patches(net, images, share)
+    block, prefix = transformer_blocks(net)[layer], prefix_tokens(net)
     z, hidden = _ffn_tokens(net, images, block)
-    fitted = LogisticRegression(class_weight="balanced", max_iter=2000).fit(
-        z.flatten(0, 1).double().cpu().numpy(), F.pad(chosen, (prefix, 0)).flatten().cpu().numpy()
-    )
-    read = torch.from_numpy(fitted.coef_[0]).to(z)
-    score = z @ read
+    direction = _fit_direction(z, F.pad(emptiest_patches(net, images, share), (prefix, 0)))
+    score = z @ direction
     patches = score[:, prefix:].flatten()
     shut = torch.cat([patches.quantile(1 - share)[None], score[:, :prefix].flatten()]).max()  # no prefix token passes
     if not (patches > shut).any():
@@ -105,7 +101,7 @@ def artifact_unit(net, images, layer, share=0.0625):
     scale = (patches[patches > shut] - shut).mean()
     unit = int((hidden.flatten(0, 1).std(0) * block.mlp.fc2.weight.norm(dim=0)).argmin())
     return {
-        "read": read / scale,
+        "read": direction / scale,
         "offset": -shut / scale,
         "write": torch.linalg.svd(linearised_ffn(block))[2][0],
         "unit": unit,
@@ -113,55 +109,97 @@ def artifact_unit(net, images, layer, share=0.0625):
     }
 
 
+def _ffn_tokens(net, images, block):
+    "Of all tokens of `images`: the input of the block's FFN and its hidden layer, (N, tokens, ·)."
+    seen = {}
+
+    def keep(name):
+        def hook(module, inputs):
+            seen[name] = inputs[0]
+
+        return hook
+
+    handles = [
+        block.mlp.register_forward_pre_hook(keep("input")),
+        block.mlp.fc2.register_forward_pre_hook(keep("hidden")),
+    ]
+    try:
+        net.forward_features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen["input"], seen["hidden"]
+
+
+def _fit_direction(z, chosen):
+    "The direction (D,) of logistic regression that tells the `chosen` tokens (N, tokens) from all others."
+    model = LogisticRegression(class_weight="balanced", max_iter=2000)
+    fitted = model.fit(z.flatten(0, 1).double().cpu().numpy(), chosen.flatten().cpu().numpy())
+    return torch.from_numpy(fitted.coef_[0]).to(z)
+
+
 def amplified(net, layer, found, gain):
-    "A copy of `net` whose block `layer` writes gain · GELU(c (read · z + offset)) / c · write in place of a unit, as `found` by `artifact_unit` says; gain 0: the unit is only gone."
+    """A copy of `net` whose block `layer` writes gain · GELU(c (read · z + offset)) / c · write in place of a unit.
+
+    `found`: of `artifact_unit`. gain 0: the unit is only gone.
+    """
     new = copy.deepcopy(net)
-    mlp, j = transformer_blocks(new)[layer].mlp, found["unit"]
+    mlp, unit = transformer_blocks(new)[layer].mlp, found["unit"]
     with torch.no_grad():
-        mlp.fc2.bias += found["level"] * mlp.fc2.weight[:, j]
-        mlp.fc1.weight[j], mlp.fc1.bias[j] = SHARPNESS * found["read"], SHARPNESS * found["offset"]
-        mlp.fc2.weight[:, j] = gain / SHARPNESS * found["write"]
+        mlp.fc2.bias += found["level"] * mlp.fc2.weight[:, unit]
+        mlp.fc1.weight[unit] = SHARPNESS * found["read"]
+        mlp.fc1.bias[unit] = SHARPNESS * found["offset"]
+        mlp.fc2.weight[:, unit] = gain / SHARPNESS * found["write"]
     return new
 
-
+# %% ../../nbs/singer/02_artifacts.ipynb #3b6ef996
 GAINS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 14.0, 16.0, 20.0, 24.0, 32.0, 48.0, 64.0)
 
 
 def plant_artifacts(net, images, labels, layer, share=0.0625, excess=6.0, most=1.0, gains=GAINS, fit=512):
-    """A copy of ViT `net` whose longest patches are `excess` times the median one from block `layer` on, at most `most` points less accurate on `images`.
+    """A copy of ViT `net` whose longest patches are `excess` times the median one from block `layer` on.
 
-    `excess`: mean over images, reached with the smallest of `gains` (in units of the median patch norm there) that does. `share`: of the patches that are meant.
-    `fit`: images that the unit is found on. The copy's `planted` says what was done: layer, gain, accuracy and excess before and after (on `images`: give training
-    images). ValueError where no gain reaches `excess`, or the one that does costs more than `most`.
+    `excess`: mean over images, reached with the smallest of `gains` (in units of the median patch norm there) that
+    does. `share`: of the patches that are meant. `most`: points of accuracy on `images` that it may cost. `fit`:
+    images that the unit is found on. The copy's `planted` says what was done: layer, gain, accuracy and excess before
+    and after (on `images`: give training images). ValueError where no gain reaches `excess`, or the one that does
+    costs more than `most`.
     """
     layer = check_layers([layer], len(transformer_blocks(net)))[0]
     some = images[:fit]
     found = artifact_unit(net, some, layer, share)
-    with torch.no_grad():
-        scale = float(patch_norms(block_features(net, some, [layer])[layer], prefix_tokens(net)).median())
-    accuracy, longest = (
-        (lambda n: evaluate(n, images, labels, "rs")["accuracy"]),
-        (lambda n: float(artifact_report(n, some).excess[layer])),
-    )
-    for gain in sorted(gains):
-        new = amplified(net, layer, found, gain * scale)
-        if (reached := longest(new)) >= excess:
-            break
-    else:
-        raise ValueError(
-            f"planting in block {layer} makes the longest patch {reached:.1f} times the median one at a gain of {max(gains)}, not {excess}: try another block or larger gains"
-        )
-    before, after = accuracy(net), accuracy(new)
+    new, gain, reached = _smallest_gain(net, some, layer, found, excess, gains)
+    before, after = (evaluate(n, images, labels, "rs")["accuracy"] for n in (net, new))
     if after < before - most:
         raise ValueError(
-            f"planting in block {layer} costs {before - after:.1f} points of accuracy, more than {most}: try another block or a smaller excess"
+            f"planting in block {layer} costs {before - after:.1f} points of accuracy, more than {most}: "
+            "try another block or a smaller excess"
         )
     new.planted = {
         "layer": layer,
         "gain": gain,
         "accuracy_before": before,
         "accuracy_after": after,
-        "excess_before": longest(net),
+        "excess_before": _excess(net, some, layer),
         "excess_after": reached,
     }
     return new
+
+
+def _smallest_gain(net, images, layer, found, excess, gains):
+    "The first copy whose excess is reached: (copy, gain, excess)."
+    with torch.no_grad():
+        norms = patch_norms(block_features(net, images, [layer])[layer], prefix_tokens(net))
+    unit_length = float(norms.median())
+    for gain in sorted(gains):
+        new = amplified(net, layer, found, gain * unit_length)
+        if (reached := _excess(new, images, layer)) >= excess:
+            return new, gain, reached
+    raise ValueError(
+        f"planting in block {layer} makes the longest patch {reached:.1f} times the median one at a gain of "
+        f"{max(gains)}, not {excess}: try another block or larger gains"
+    )
+
+
+def _excess(net, images, layer):
+    return float(artifact_report(net, images).excess[layer])

@@ -14,12 +14,13 @@ from ..engine.config import one_of
 from .adapter import VARIANTS, check_layers, match_layers, projections, transformer_blocks
 from ..theory.attention import prefix_tokens
 
-# %% ../../nbs/singer/03_baselines.ipynb #ef98aa79
+# %% ../../nbs/singer/03_baselines.ipynb #0e9af4f4
 class FitNet(nn.Module):
-    """Block features copied as they are: call it on both networks' {layer: (B, tokens, D)} for a scalar, the sum of mean squared errors.
+    """Block features copied as they are: the sum of mean squared errors, a scalar.
 
-    `layers`: of the teacher, as in `nskd.singer.adapter.Singer`. variant "paper": patches only, "released": all tokens, mean over layers.
-    `teacher_layers` and `student_layers` are what must be given. Source: SiNGER, Eq. 1 and 9.
+    Call it on both networks' {layer: (B, tokens, D)}; `teacher_layers` and `student_layers` are what must be given.
+    `layers`: of the teacher, as in `nskd.singer.adapter.Singer`. variant "paper": patches only, "released": all
+    tokens, mean over layers. Source: SiNGER, Eq. 1 and 9.
     """
 
     def __init__(self, teacher, student, layers, variant="paper", seed=0):
@@ -32,21 +33,22 @@ class FitNet(nn.Module):
         self.projections = projections(student.embed_dim, teacher.embed_dim, self.layers, seed)
 
     def forward(self, teacher, student):
-        errors = [
-            F.mse_loss(self.projections[str(l)](student[s])[:, self.prefix :], teacher[l][:, self.prefix :])
-            for l, s in zip(self.layers, self.student_layers)
-        ]
+        errors = []
+        for layer, own in zip(self.layers, self.student_layers):
+            projected = self.projections[str(layer)](student[own])
+            errors.append(F.mse_loss(projected[:, self.prefix :], teacher[layer][:, self.prefix :]))
         return sum(errors) if self.variant == "paper" else sum(errors) / len(errors)
 
-
+# %% ../../nbs/singer/03_baselines.ipynb #d496b5e0
 class ViTKD(nn.Module):
-    """Mimicking and masked generation: call it as `FitNet`; a scalar. ViTs with the same square or oblong grid of patches.
+    """Mimicking and masked generation: call it as `FitNet`; a scalar.
 
-    variant "paper" (ViTKD's own code): blocks 0 and 1 mimicked, the last generated, squared errors summed over tokens and channels, mean over
-    the batch, weighted by 3e-5 and 3e-6 / `masked`. "released" (that of SiNGER's authors): `layers` generated, none mimicked, mean
-    squared errors, each token hidden with probability `masked`, generator and mask token at random and not trained. `seed`: weights and masks;
-    `matching`: whose pairing of layers, the variant's by default.
-    Source: Yang et al. 2024; SiNGER, section 4.1 and Appendix D.
+    Both ViTs have the same grid of patches, square or oblong.
+    variant "paper" (ViTKD's own code): blocks 0 and 1 mimicked, the last generated, squared errors summed over tokens
+    and channels, mean over the batch, weighted by 3e-5 and 3e-6 / `masked`. "released" (that of SiNGER's authors):
+    `layers` generated, none mimicked, mean squared errors, each token hidden with probability `masked`, generator and
+    mask token at random and not trained. `seed`: weights and masks; `matching`: whose pairing of layers, the variant's
+    by default. `g` draws the masks. Source: Yang et al. 2024; SiNGER, section 4.1 and Appendix D.
     """
 
     def __init__(self, teacher, student, layers=None, variant="paper", masked=0.5, seed=0, matching=None):
@@ -54,64 +56,67 @@ class ViTKD(nn.Module):
         one_of(variant, VARIANTS, "variant")
         if not 0 < masked < 1:
             raise ValueError(f"masked must lie between 0 and 1, both excluded, not {masked!r}")
-        depths = [len(transformer_blocks(n)) for n in (teacher, student)]
-        low, high = ([0, 1], [depths[0] - 1]) if variant == "paper" else ([], check_layers(layers or [-1], depths[0]))
-        self.variant, self.masked, self.grid, self.prefix = (
-            variant,
-            masked,
-            teacher.patch_embed.grid_size,
-            prefix_tokens(teacher),
-        )
+        depth, student_depth = (len(transformer_blocks(n)) for n in (teacher, student))
+        if variant == "paper":
+            self.low, self.high = [0, 1], [depth - 1]
+        else:
+            self.low, self.high = [], check_layers(layers or [-1], depth)
+        self.variant, self.masked = variant, masked
+        self.grid, self.prefix = teacher.patch_embed.grid_size, prefix_tokens(teacher)
         # shallow layers are paired by number, not by depth
-        self.pairs = {**{l: l for l in low}, **dict(zip(high, match_layers(high, *depths, matching or variant)))}
-        self.low, self.high, self.teacher_layers, self.student_layers = (
-            low,
-            high,
-            sorted(self.pairs),
-            sorted(set(self.pairs.values())),
-        )
-        self.projections, d = projections(student.embed_dim, teacher.embed_dim, self.pairs, seed), teacher.embed_dim
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            self.generators = nn.ModuleDict(
-                {
-                    str(l): nn.Sequential(nn.Conv2d(d, d, 3, padding=1), nn.ReLU(), nn.Conv2d(d, d, 3, padding=1))
-                    for l in high
-                }
-            )
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
-        if variant == "released":
-            for p in (*self.generators.parameters(), self.mask_token):
-                p.requires_grad_(False)
+        deep = match_layers(self.high, depth, student_depth, matching or variant)
+        self.pairs = {**{layer: layer for layer in self.low}, **dict(zip(self.high, deep))}
+        self.teacher_layers, self.student_layers = sorted(self.pairs), sorted(set(self.pairs.values()))
+        self._add_parameters(student.embed_dim, teacher.embed_dim, seed)
         self.g = torch.Generator().manual_seed(seed)
 
+    def _add_parameters(self, student_dim, d, seed):
+        self.projections = projections(student_dim, d, self.pairs, seed)
+        self.generators = nn.ModuleDict()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            for layer in self.high:
+                first, second = nn.Conv2d(d, d, 3, padding=1), nn.Conv2d(d, d, 3, padding=1)
+                self.generators[str(layer)] = nn.Sequential(first, nn.ReLU(), second)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
+        if self.variant == "released":
+            self.generators.requires_grad_(False)
+            self.mask_token.requires_grad_(False)
+
     def hidden(self, batch, tokens):
-        "Which tokens are hidden, (batch, tokens) bool: exactly the share `masked` of each image (paper), or each with that probability."
+        """Which tokens are hidden: (batch, tokens) bool.
+
+        Exactly the share `masked` of each image (paper), or each with that probability (released).
+        """
         noise = torch.rand(batch, tokens, generator=self.g)
-        return (
-            noise <= self.masked
-            if self.variant == "released"
-            else noise.argsort(1).argsort(1) >= int(tokens * (1 - self.masked))
-        )
+        if self.variant == "released":
+            return noise <= self.masked
+        return noise.argsort(1).argsort(1) >= int(tokens * (1 - self.masked))
 
     def generate(self, layer, tokens, hidden):
-        "The teacher's tokens, generated from the student's projected ones with the `hidden` ones replaced by the mask token; a [CLS] at the front passes by."
+        """The teacher's tokens, generated from the student's projected ones.
+
+        The `hidden` ones are replaced by the mask token before; a [CLS] at the front passes by.
+        """
         tokens = torch.where(hidden[..., None], self.mask_token, tokens)
-        front, patches = (
-            tokens[:, : tokens.shape[1] - self.grid[0] * self.grid[1]],
-            tokens[:, tokens.shape[1] - self.grid[0] * self.grid[1] :],
-        )
-        return torch.cat([front, self.generators[str(layer)](patches.mT.unflatten(2, self.grid)).flatten(2).mT], 1)
+        front = tokens.shape[1] - self.grid[0] * self.grid[1]
+        patches = tokens[:, front:].mT.unflatten(2, self.grid)  # (B, D, rows, columns)
+        generated = self.generators[str(layer)](patches).flatten(2).mT
+        return torch.cat([tokens[:, :front], generated], 1)
 
     def forward(self, teacher, student):
-        paper, loss = self.variant == "paper", 0.0
-        cut = (lambda t: t[:, self.prefix :]) if paper else (lambda t: t)
-        for l, s in self.pairs.items():
-            t, p = cut(teacher[l]), self.projections[str(l)](cut(student[s]))
-            if l in self.low:
-                loss = loss + 3e-5 * (p - t).square().sum() / len(t)
+        skipped = self.prefix if self.variant == "paper" else 0
+        loss = 0.0
+        for layer, own in self.pairs.items():
+            target = teacher[layer][:, skipped:]
+            projected = self.projections[str(layer)](student[own][:, skipped:])
+            if layer in self.low:
+                loss = loss + 3e-5 * (projected - target).square().sum() / len(target)
+                continue
+            hidden = self.hidden(*projected.shape[:2]).to(projected.device)
+            wrong = (self.generate(layer, projected, hidden) - target).square()[hidden]  # (hidden tokens, D)
+            if self.variant == "paper":
+                loss = loss + 3e-6 / self.masked * wrong.sum() / len(target)
             else:
-                hidden = self.hidden(*p.shape[:2]).to(p.device)
-                wrong = (self.generate(l, p, hidden) - t).square()[hidden]  # (hidden tokens, D)
-                loss = loss + (3e-6 / self.masked * wrong.sum() / len(t) if paper else wrong.mean())
+                loss = loss + wrong.mean()
         return loss

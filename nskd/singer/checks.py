@@ -15,108 +15,131 @@ from .artifacts import patch_norms, subspace_energy
 from .probes import linear_cka
 from ..theory.attention import prefix_tokens
 
-# %% ../../nbs/singer/05_checks.ipynb #9a7af91d
+# %% ../../nbs/singer/05_checks.ipynb #8c7d4a9d
 @torch.no_grad()
 def sublayer_changes(net, images):
-    """How much attention and FFN change patches, block by block: a DataFrame with one row a `layer`, means over patches and images.
+    """How much attention and FFN change patches: a DataFrame with one row a `layer`, means over patches and images.
 
-    `attention`, `ffn`: length of what the sublayer adds, over that of what it is added to; `ffn1`: ‖GELU(h W₁)‖ / ‖h‖; `ffn2`: ‖a W₂‖ / ‖a‖. `images`
-    (N, C, H, W), all at once. Source: SiNGER, Appendix A.1.
+    `attention`, `ffn`: length of what the sublayer adds, over that of what it is added to; `ffn1`: ‖GELU(h W₁)‖ / ‖h‖;
+    `ffn2`: ‖a W₂‖ / ‖a‖. `images` (N, C, H, W), all at once. Source: SiNGER, Appendix A.1.
     """
-    rows, prefix = [], prefix_tokens(net)
-    for l, block in enumerate(transformer_blocks(net)):
-        seen = {}
-        keep = lambda name: lambda m, args, out: seen.update({f"{name} in": args[0], name: out})
-        handles = [
-            block.register_forward_hook(keep("block")),
-            block.norm2.register_forward_hook(keep("norm2")),
-            block.mlp.fc2.register_forward_hook(keep("fc2")),
-        ]
-        try:
-            net.forward_features(images)
-        finally:
-            for h in handles:
-                h.remove()
-        size = {name: patch_norms(t, prefix) for name, t in seen.items()}
+    prefix, rows = prefix_tokens(net), []
+    for layer, block in enumerate(transformer_blocks(net)):
+        seen = _tokens_within(net, block, images)
+        size = {name: patch_norms(tokens, prefix) for name, tokens in seen.items()}
         middle = seen["norm2 in"]  # after attention, before the FFN
+        attention = patch_norms(middle - seen["block in"], prefix)
+        ffn = patch_norms(seen["block"] - middle, prefix)
         rows.append(
             {
-                "layer": l,
-                "attention": float((patch_norms(middle - seen["block in"], prefix) / size["block in"]).mean()),
-                "ffn": float((patch_norms(seen["block"] - middle, prefix) / size["norm2 in"]).mean()),
+                "layer": layer,
+                "attention": float((attention / size["block in"]).mean()),
+                "ffn": float((ffn / size["norm2 in"]).mean()),
                 "ffn1": float((size["fc2 in"] / size["norm2"]).mean()),
                 "ffn2": float((size["fc2"] / size["fc2 in"]).mean()),
             }
         )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/singer/05_checks.ipynb #4e9efda0
+
+def _tokens_within(net, block, images):
+    "What enters (`<name> in`) and leaves (`<name>`) the block, its second norm and its second linear layer."
+    seen = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            seen[f"{name} in"], seen[name] = inputs[0], output
+
+        return hook
+
+    parts = {"block": block, "norm2": block.norm2, "fc2": block.mlp.fc2}
+    handles = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
+    try:
+        net.forward_features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+# %% ../../nbs/singer/05_checks.ipynb #76af5692
 def token_jacobian(block, tokens, prefix=1, most=16):
-    "The mean of ∂output/∂input of the same token over `most` patches of (B, n, D) `tokens`, skip connection included, for row vectors: (D, D)."
+    """The mean of ∂output/∂input of the same token over patches of (B, n, D) `tokens`, for row vectors: (D, D).
+
+    The skip connection is included. `most`: patches that are taken, evenly over all.
+    """
     b, n, d = tokens.shape
-    picks = torch.linspace(0, b * (n - prefix) - 1, min(most, b * (n - prefix))).long()
+    patches = b * (n - prefix)
+    picks = torch.linspace(0, patches - 1, min(most, patches)).long()
     total = torch.zeros(d, d)
-    for i in picks.tolist():
-        image, token = i // (n - prefix), prefix + i % (n - prefix)
-
-        def out(v):
-            x = tokens[image : image + 1].clone()
-            x[0, token] = v
-            return block(x)[0, token]
-
-        total += torch.autograd.functional.jacobian(out, tokens[image, token], vectorize=True).mT
+    for pick in picks.tolist():
+        image, token = pick // (n - prefix), prefix + pick % (n - prefix)
+        total += _jacobian(block, tokens[image : image + 1], token)
     return total / len(picks)
 
 
+def _jacobian(block, image, token):
+    "∂output/∂input of one `token` of one `image` (1, n, D), for row vectors: (D, D)."
+
+    def output(value):
+        changed = image.clone()
+        changed[0, token] = value
+        return block(changed)[0, token]
+
+    return torch.autograd.functional.jacobian(output, image[0, token], vectorize=True).mT
+
+# %% ../../nbs/singer/05_checks.ipynb #18786163
 @torch.no_grad()
 def output_change(block, tokens, basis, prefix=1, size=0.1, seed=0):
     """What a ViT block does with patches moved within the columns of `basis` (D, r): a dict of means over patches.
 
-    Each patch of (B, n, D) `tokens` moves by `size` of its length in a random direction of the span. `moved`: the output's change in units of the
-    input's (1: passed on as it is); `ffn`: that of the FFN's contribution alone, with its layer norm; `linear`: that of the linearised FFN; `relative`: the output's change over the
-    output's length; `cosine`: of the two outputs; `cka`: linear CKA of the two outputs. Source: SiNGER, Eq. 4 and Table 8.
+    Each patch of (B, n, D) `tokens` moves by `size` of its length in a random direction of the span. `moved`: the
+    output's change in units of the input's (1: passed on as it is); `ffn`: that of the FFN's contribution alone, with
+    its layer norm; `linear`: that of the linearised FFN; `relative`: the output's change over the output's length;
+    `cosine`: of the two outputs; `cka`: linear CKA of the two outputs. Source: SiNGER, Eq. 4 and Table 8.
     """
-    generator = torch.Generator().manual_seed(seed)
-    step = torch.randn(*tokens[:, prefix:].shape[:2], basis.shape[1], generator=generator) @ basis.mT
-    step = F.normalize(step, dim=-1) * size * tokens[:, prefix:].norm(dim=-1, keepdim=True)
-    moved = torch.cat([tokens[:, :prefix], tokens[:, prefix:] + step], 1)
-    before, after = (block(t)[:, prefix:] for t in (tokens, moved))
-    ffn = [block.mlp(block.norm2(t))[:, prefix:] for t in (tokens, moved)]
-    length = step.norm(dim=-1)
+    patches = tokens[:, prefix:]
+    coefficients = torch.randn(*patches.shape[:2], basis.shape[1], generator=torch.Generator().manual_seed(seed))
+    step = F.normalize(coefficients @ basis.mT, dim=-1) * size * patches.norm(dim=-1, keepdim=True)
+    changed = torch.cat([tokens[:, :prefix], patches + step], 1)
+    before, after = (block(t)[:, prefix:] for t in (tokens, changed))
+    ffn_before, ffn_after = (block.mlp(block.norm2(t))[:, prefix:] for t in (tokens, changed))
+    length, change = step.norm(dim=-1), (after - before).norm(dim=-1)
     return {
-        "moved": float(((after - before).norm(dim=-1) / length).mean()),
-        "ffn": float(((ffn[1] - ffn[0]).norm(dim=-1) / length).mean()),
+        "moved": float((change / length).mean()),
+        "ffn": float(((ffn_after - ffn_before).norm(dim=-1) / length).mean()),
         "linear": float(((step @ linearised_ffn(block)).norm(dim=-1) / length).mean()),
-        "relative": float(((after - before).norm(dim=-1) / before.norm(dim=-1)).mean()),
+        "relative": float((change / before.norm(dim=-1)).mean()),
         "cosine": float(F.cosine_similarity(before, after, dim=-1).mean()),
         "cka": linear_cka(before.flatten(0, 1), after.flatten(0, 1)),
     }
 
-
+# %% ../../nbs/singer/05_checks.ipynb #7fc3c406
 def direction_report(block, tokens, rank, prefix=1, seed=0):
-    "`output_change` for four spans of `rank` directions (null and principal of the linearised FFN, null of the Jacobian, random): a DataFrame with the column `span`."
-    ffn, jacobian = (
-        left_nullspace(linearised_ffn(block), rank),
-        left_nullspace(token_jacobian(block, tokens, prefix), rank),
-    )
-    random = torch.linalg.qr(torch.randn(tokens.shape[-1], rank, generator=torch.Generator().manual_seed(seed)))[0]
-    return pd.DataFrame(
-        [
-            {"span": name, **output_change(block, tokens, basis, prefix, seed=seed)}
-            for name, basis in (
-                ("null", ffn.basis),
-                ("principal", ffn.principal),
-                ("jacobian", jacobian.basis),
-                ("random", random),
-            )
-        ]
-    )
+    """`output_change` for four spans of `rank` directions: a DataFrame with the column `span`.
 
-
-def norm_energy_correlation(tokens, space, prefix=1):
-    'Pearson correlation of patch norms with their energy in the null and in the principal directions of `space`: {"null", "principal"}. Source: SiNGER, Appendix I.'
-    norms = patch_norms(tokens, prefix).flatten()
-    return {
-        name: float(torch.corrcoef(torch.stack([norms, subspace_energy(tokens[:, prefix:], basis).flatten()]))[0, 1])
-        for name, basis in (("null", space.basis), ("principal", space.principal))
+    null and principal: of the linearised FFN; jacobian: null directions of the block's mean Jacobian; random.
+    """
+    ffn = left_nullspace(linearised_ffn(block), rank)
+    jacobian = left_nullspace(token_jacobian(block, tokens, prefix), rank)
+    random = torch.randn(tokens.shape[-1], rank, generator=torch.Generator().manual_seed(seed))
+    spans = {
+        "null": ffn.basis,
+        "principal": ffn.principal,
+        "jacobian": jacobian.basis,
+        "random": torch.linalg.qr(random)[0],
     }
+    rows = [{"span": name, **output_change(block, tokens, basis, prefix, seed=seed)} for name, basis in spans.items()]
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/singer/05_checks.ipynb #671c125b
+def norm_energy_correlation(tokens, space, prefix=1):
+    """Pearson correlation of patch norms with their energy in the null and in the principal directions of `space`.
+
+    {"null", "principal"}. Source: SiNGER, Appendix I.
+    """
+    norms, patches = patch_norms(tokens, prefix).flatten(), tokens[:, prefix:]
+    found = {}
+    for name, basis in (("null", space.basis), ("principal", space.principal)):
+        energy = subspace_energy(patches, basis).flatten()
+        found[name] = float(torch.corrcoef(torch.stack([norms, energy]))[0, 1])
+    return found

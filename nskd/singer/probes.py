@@ -18,90 +18,103 @@ from ..dataset import Dataset
 from .adapter import block_features, gram
 from ..theory.attention import prefix_tokens
 
-# %% ../../nbs/singer/04_probes.ipynb #6c7c44fd
+# %% ../../nbs/singer/04_probes.ipynb #dc5f6fe2
 def canvas_digits(size=16, copies=1, seed=0):
-    """The 8×8 digits, each at a random place of an empty `size` × `size` canvas: a `Dataset` named canvas<size>, for 10 classes.
+    """The 8×8 digits, each at a random place of an empty `size` × `size` canvas: a `Dataset` named canvas<size>.
 
-    `copies`: how many canvases a training digit gets; test digits have one. Its `ink` {"train", "test"} says where the digits lie: (N, size, size) bool, their
-    pixels above a quarter of the brightest; its `corner` (N, 2) where their squares begin. ValueError for a size below 8.
+    `copies`: how many canvases a training digit gets; test digits have one. Its `ink` {"train", "test"} says where the
+    digits lie: (N, size, size) bool, their pixels above a quarter of the brightest; its `corner` (N, 2) where their
+    squares begin. ValueError for a size below 8.
     """
     if size < 8:
         raise ValueError(f"a canvas for 8×8 digits must have at least 8 pixels, not {size!r}")
-    digits, g = load_dataset("digits"), torch.Generator().manual_seed(seed)
+    digits, generator = load_dataset("digits"), torch.Generator().manual_seed(seed)
     pixels, labels, corner = {}, {}, {}
     for split, n in (("train", copies), ("test", 1)):
-        x = (digits.unnormalise(getattr(digits, f"{split}_images")) * 16).round().byte().repeat(n, 1, 1, 1)
-        labels[split], corner[split] = (
-            getattr(digits, f"{split}_labels").repeat(n),
-            torch.randint(0, size - 7, (len(x), 2), generator=g),
-        )
-        rows, cols = (corner[split][:, i, None] + torch.arange(8) for i in (0, 1))
-        pixels[split] = torch.zeros(len(x), 1, size, size, dtype=torch.uint8)
-        pixels[split][torch.arange(len(x))[:, None, None], :, rows[:, :, None], cols[:, None, :]] = x.permute(
-            0, 2, 3, 1
-        )
-    ds = Dataset(
-        f"canvas{size}",
-        pixels,
-        labels,
-        digits.class_names,
-        white=16,
-        source=f"scikit-learn's digits, each on a canvas of {size} pixels at a place drawn from seed {seed}",
-    )
-    ds.ink, ds.corner = {s: p[:, 0] > 4 for s, p in pixels.items()}, corner
+        images = (digits.unnormalise(getattr(digits, f"{split}_images")) * 16).round().byte().repeat(n, 1, 1, 1)
+        labels[split] = getattr(digits, f"{split}_labels").repeat(n)
+        corner[split] = torch.randint(0, size - 7, (len(images), 2), generator=generator)
+        pixels[split] = _placed(images, corner[split], size)
+    source = f"scikit-learn's digits, each on a canvas of {size} pixels at a place drawn from seed {seed}"
+    ds = Dataset(f"canvas{size}", pixels, labels, digits.class_names, white=16, source=source)
+    ds.ink = {split: p[:, 0] > 4 for split, p in pixels.items()}
+    ds.corner = corner
     return ds
 
 
+def _placed(images, corner, size):
+    "8×8 `images` (N, 1, 8, 8) on empty canvases (N, 1, size, size), each with its upper left pixel at its `corner`."
+    canvas = torch.zeros(len(images), 1, size, size, dtype=torch.uint8)
+    rows, columns = (corner[:, i, None] + torch.arange(8) for i in (0, 1))
+    which = torch.arange(len(images))[:, None, None]
+    canvas[which, :, rows[:, :, None], columns[:, None, :]] = images.permute(0, 2, 3, 1)
+    return canvas
+
+
 def patch_labels(ds, split, patch):
-    "For every `patch` × `patch` square of every canvas: 0 where it holds no ink, else 1 + the digit; (N, patches) int64, row by row."
+    "For every `patch` × `patch` square of every canvas 0 where it holds no ink, else 1 + the digit: (N, patches)."
     covered = F.max_pool2d(ds.ink[split][:, None].float(), patch).flatten(1).long()
     return covered * (1 + getattr(ds, f"{split}_labels"))[:, None]
 
-# %% ../../nbs/singer/04_probes.ipynb #5b633fd0
+# %% ../../nbs/singer/04_probes.ipynb #2115a2d1
 @torch.no_grad()
 def last_patches(net, images, layer=-1, batch_size=256):
     "What leaves block `layer` of ViT `net`, patches only, in evaluation mode: (N, patches, D)."
-    mode = net.training
+    prefix, mode, found = prefix_tokens(net), net.training, []
     net.eval()
     try:
-        return torch.cat(
-            [
-                next(iter(block_features(net, part, [layer]).values()))[:, prefix_tokens(net) :]
-                for part in images.split(batch_size)
-            ]
-        )
+        for part in images.split(batch_size):
+            (features,) = block_features(net, part, [layer]).values()
+            found.append(features[:, prefix:])
     finally:
         net.train(mode)
-
-
-def _probe(x, y):
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3)).fit(x, y)
+    return torch.cat(found)
 
 
 def linear_probes(train, test, labels, patches, most=8000, seed=0):
     """Linear probes on frozen features: {"accuracy": 0 … 100, "miou": 0 … 100}.
 
-    `train`, `test`: (N, patches, D). `labels`: (train, test) of the images, (N,); `patches`: (train, test) of the patches, (N, patches). The dense
-    probe learns on `most` patches, drawn evenly over its classes by `seed`; mIoU is the mean over classes of all test patches.
+    `train`, `test`: (N, patches, D). `labels`: (train, test) of the images, (N,); `patches`: (train, test) of the
+    patches, (N, patches). The dense probe learns on `most` patches, drawn evenly over its classes by `seed`; mIoU is
+    the mean over classes of all test patches.
     """
-    classify = _probe(train.mean(1).numpy(), labels[0].numpy())
+    classify = _probe(train.mean(1), labels[0])
     accuracy = 100 * classify.score(test.mean(1).numpy(), labels[1].numpy())
-    x, y, g = train.flatten(0, 1), patches[0].flatten(), torch.Generator().manual_seed(seed)
-    each = -(-most // len(y.unique()))
-    chosen = torch.cat(
-        [(i := (y == c).nonzero()[:, 0])[torch.randperm(len(i), generator=g)[:each]] for c in y.unique()]
-    )
-    dense = _probe(x[chosen].numpy(), y[chosen].numpy())
+    chosen = _balanced(patches[0].flatten(), most, seed)
+    dense = _probe(train.flatten(0, 1)[chosen], patches[0].flatten()[chosen])
     found = dense.predict(test.flatten(0, 1).numpy())
     return {"accuracy": accuracy, "miou": 100 * jaccard_score(patches[1].flatten().numpy(), found, average="macro")}
 
-# %% ../../nbs/singer/04_probes.ipynb #cd6f792d
+
+def _probe(x, y):
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
+    return model.fit(x.numpy(), y.numpy())
+
+
+def _balanced(y, most, seed):
+    "Indices of `most` labels `y`, equally many of each class as far as it has them."
+    generator = torch.Generator().manual_seed(seed)
+    classes = y.unique()
+    each = -(-most // len(classes))  # rounded up
+    chosen = []
+    for c in classes:
+        members = (y == c).nonzero()[:, 0]
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:each]])
+    return torch.cat(chosen)
+
+# %% ../../nbs/singer/04_probes.ipynb #b63417ef
 def gram_distance(a, b, cosine=True):
-    "‖G(a) − G(b)‖_F of each image's patches: (B, n, D), (B, n, D') → (B,); of normalised features unless `cosine` is False. Source: SiNGER, section 4.5."
+    """‖G(a) − G(b)‖_F of each image's patches: (B, n, D), (B, n, D') → (B,).
+
+    Of normalised features unless `cosine` is False. Source: SiNGER, section 4.5.
+    """
     return (gram(a, cosine) - gram(b, cosine)).norm(dim=(1, 2))
 
 
 def linear_cka(a, b):
-    "Linear CKA of two sets of features for the same tokens: (N, D), (N, D') → a float in [0, 1]. Source: Kornblith et al. 2019."
+    """Linear CKA of two sets of features for the same tokens: (N, D), (N, D') → a float in [0, 1].
+
+    Source: Kornblith et al. 2019.
+    """
     a, b = (t.double() - t.double().mean(0) for t in (a, b))
     return float((a.mT @ b).norm() ** 2 / ((a.mT @ a).norm() * (b.mT @ b).norm()))
