@@ -31,8 +31,25 @@ def channel_mean_std(pixels, white):
     std[std == 0] = white  # a constant channel: divide by one instead of by zero
     return (mean / white).float(), (std / white).float()
 
-# %% ../nbs/method/11_dataset.ipynb #53d60dfd
-def _ahead(fetch, parts):
+# %% ../nbs/method/11_dataset.ipynb #7de47b15
+def did_you_mean(word, words):
+    "A hint for an error message: the most similar of `words`, or nothing."
+    near = nearest(str(word).lower(), words, cutoff=0.6)
+    return f" (did you mean {near!r}?)" if near else ""
+
+
+def check_whole(what, value):
+    "ValueError for a `value` that is not a whole number of at least 1; `what` it is, for the message."
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
+
+
+def reason(error):
+    "What somebody else's error says, on one line that is not too long."
+    return shorten(f"{type(error).__name__}: {error}", 160)
+
+# %% ../nbs/method/11_dataset.ipynb #1b4501ae
+def _one_ahead(fetch, parts):
     "Like `map(fetch, parts)`, but a thread fetches the next part while the caller works on this one."
     with ThreadPoolExecutor(1) as pool:
         waiting = None
@@ -44,24 +61,7 @@ def _ahead(fetch, parts):
         if waiting is not None:
             yield waiting.result()
 
-# %% ../nbs/method/11_dataset.ipynb #dd77aadb
-def did_you_mean(word, words):
-    "A hint for an error message: the most similar of `words`, or nothing."
-    near = nearest(str(word).lower(), words, cutoff=0.6)
-    return f" (did you mean {near!r}?)" if near else ""
-
-
-def check_whole(what, value):
-    "Refuses a `value` that is not a whole number of at least 1."
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
-
-
-def reason(error):
-    "What somebody else's error says, on one line that is not too long."
-    return shorten(f"{type(error).__name__}: {error}", 160)
-
-# %% ../nbs/method/11_dataset.ipynb #0fa8d4a0
+# %% ../nbs/method/11_dataset.ipynb #cd8b297d
 class Dataset:
     """Labelled images in two splits, `train` and `test`.
 
@@ -70,60 +70,81 @@ class Dataset:
     - `train_images`, `test_images`: float32 (N, C, H, W), normalised by `mean` and `std`; built on first use
     - `train_labels`, `test_labels`: int64 (N,)
     - `mean`, `std`: float32 (C,), in units where black is 0 and white is 1
+    - `pixels`, `labels`: what they are made of, dicts by split: uint8 (N, C, H, W) where `white` is the brightest
+      value, and int64 (N,)
     - `source`: where the images came from; `note`: what a result should say about them (often empty)
     - `fingerprint`: 16 hex digits that change when any pixel, label, class name or constant does
       (sets too large for memory: when a file's name, size or time does)
 
-    `pixels` and `labels` are dicts by split: uint8 (N, C, H, W) where `white` is the brightest value, and int64 (N,).
-    `mean` and `std` left out are those of the training pixels, of a fixed random 2,000 of them if they are not in memory.
+    `mean` and `std` left out are those of the training pixels, of a fixed random 2,000 of them if they are not in
+    memory.
     """
 
     def __init__(
         self, name, pixels, labels, class_names, mean=None, std=None, white=255, source="", note="", fingerprint=None
     ):
         self.name, self.class_names, self.source, self.note = name, list(class_names), source, note
-        self._pixels, self._labels, self._white = pixels, labels, white
+        self.pixels, self.labels, self.white = pixels, labels, white
         if mean is None or std is None:
-            mean, std = channel_mean_std(self._some_training_pixels(), white)
+            mean, std = channel_mean_std(_some(pixels["train"]), white)
         self.mean, self.std = torch.as_tensor(mean).float(), torch.as_tensor(std).float()
         if fingerprint:
             self.fingerprint = fingerprint
 
-    num_classes = property(lambda self: len(self.class_names))
-    shape = property(lambda self: tuple(self._pixels["train"].shape[1:]), doc="(C, H, W).")
-    channels = property(lambda self: self.shape[0])
-    image_size = property(lambda self: self.shape[1] if self.shape[1] == self.shape[2] else self.shape[1:])
-    train_labels = property(lambda self: self._labels["train"])
-    test_labels = property(lambda self: self._labels["test"])
-    train_images = cached_property(lambda self: self._all("train"))
-    test_images = cached_property(lambda self: self._all("test"))
-
     def __repr__(self):
-        n, m = (len(self._labels[s]) for s in ("train", "test"))
+        n, m = len(self.train_labels), len(self.test_labels)
         return f"{self.name}: {n:,} training and {m:,} test images of shape {self.shape}, {self.num_classes} classes"
 
-    def _some_training_pixels(self):
-        pixels = self._pixels["train"]
-        if isinstance(pixels, torch.Tensor):
-            return pixels
-        return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:2000]]
+    @property
+    def num_classes(self):
+        return len(self.class_names)
+
+    @property
+    def shape(self):
+        "(C, H, W)."
+        return tuple(self.pixels["train"].shape[1:])
+
+    @property
+    def channels(self):
+        return self.shape[0]
+
+    @property
+    def image_size(self):
+        height, width = self.shape[1:]
+        return height if height == width else (height, width)
+
+    @property
+    def train_labels(self):
+        return self.labels["train"]
+
+    @property
+    def test_labels(self):
+        return self.labels["test"]
+
+    @cached_property
+    def train_images(self):
+        return self._all("train")
+
+    @cached_property
+    def test_images(self):
+        return self._all("test")
 
     def _all(self, split):
-        if not isinstance(self._pixels[split], torch.Tensor):
+        if not isinstance(self.pixels[split], torch.Tensor):
             raise RuntimeError(
                 f"{self.name} is too large to be held in memory: read it with "
                 f"ds.batches({split!r}, batch_size), or raise load_dataset's max_bytes"
             )
-        return self._normalise(self._pixels[split])
+        return self._normalise(self.pixels[split])
 
     def _normalise(self, pixels):
-        x = pixels.float().div_(self._white)
+        x = pixels.float().div_(self.white)
         return x.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
 
     def unnormalise(self, images):
         "Undo the normalisation: `images` (…, C, H, W) on any device, back to [0, 1]; what lies outside is clipped."
-        mean, std = (v[:, None, None].to(images.device) for v in (self.mean, self.std))
-        return (images * std + mean).clamp(0, 1)
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
 
     def batches(self, split, batch_size, generator=None):
         """One epoch of (images, labels): float32 (B, C, H, W) normalised, int64 (B,); the last batch may be smaller.
@@ -132,21 +153,33 @@ class Dataset:
         (a `torch.Generator`) in an order drawn from it now. Where batch statistics matter, pass one.
         Raises ValueError for a split other than "train" and "test" and for a batch size below 1.
         """
-        if split not in self._labels:
-            raise ValueError(f"split must be 'train' or 'test', not {split!r}{did_you_mean(split, self._labels)}")
+        if split not in self.labels:
+            raise ValueError(f"split must be 'train' or 'test', not {split!r}{did_you_mean(split, self.labels)}")
         check_whole("batch_size", batch_size)
-        pixels, labels = self._pixels[split], self._labels[split]
+        pixels, labels = self.pixels[split], self.labels[split]
         order = torch.arange(len(labels))
         if generator is not None:
             order = torch.randperm(len(labels), generator=generator, device=generator.device).cpu()
-        fetch = lambda idx: (self._normalise(pixels[idx]), labels[idx])
-        return (map if isinstance(pixels, torch.Tensor) else _ahead)(fetch, order.split(batch_size))
+
+        def fetch(idx):
+            return self._normalise(pixels[idx]), labels[idx]
+
+        in_memory = isinstance(pixels, torch.Tensor)
+        parts = order.split(batch_size)
+        return map(fetch, parts) if in_memory else _one_ahead(fetch, parts)
 
     @cached_property
     def fingerprint(self):
-        head = json.dumps([self.class_names, list(self.shape), self._white, self.mean.tolist(), self.std.tolist()])
+        head = json.dumps([self.class_names, list(self.shape), self.white, self.mean.tolist(), self.std.tolist()])
         h = hashlib.sha256(head.encode())
         for split in ("train", "test"):
-            for t in (self._pixels[split], self._labels[split]):
-                h.update(t.contiguous().view(-1).numpy())
+            h.update(self.pixels[split].contiguous().view(-1).numpy())
+            h.update(self.labels[split].contiguous().view(-1).numpy())
         return h.hexdigest()[:16]
+
+
+def _some(pixels):
+    "All `pixels` that are in memory, or a fixed random 2,000 of those that are not."
+    if isinstance(pixels, torch.Tensor):
+        return pixels
+    return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:2000]]

@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .engine.config import one_of
 from .norms import bn_mode, norm_kinds
 
-# %% ../nbs/method/06_evaluation.ipynb #d4f9c4d7
+# %% ../nbs/method/06_evaluation.ipynb #fa5a869e
 def eval_batches(n, batch_size, shuffle_seed=0):
-    """Indices of evaluation batches over `n` images: a fixed shuffle, the smaller last batch merged into the one before.
+    """Batches for an evaluation of `n` images: a fixed shuffle, the smaller last one merged into the one before it.
 
-    A list of int64 tensors; `shuffle_seed=None` keeps the order.
+    Indices, a list of int64 tensors; `shuffle_seed=None` keeps the order. ValueError for no images or no batch size.
     """
     if n < 1 or batch_size < 1:
         raise ValueError(f"evaluation needs images and a batch size of at least 1, not {n} and {batch_size}")
@@ -32,7 +32,7 @@ def eval_batches(n, batch_size, shuffle_seed=0):
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
-# %% ../nbs/method/06_evaluation.ipynb #78ef7cc9
+# %% ../nbs/method/06_evaluation.ipynb #8de43b96
 @torch.no_grad()
 def recalibrate(net, images, batch_size=256):
     """Re-estimate the running statistics of every BatchNorm of `net` on unlabelled `images`, in place; return `net`.
@@ -40,7 +40,7 @@ def recalibrate(net, images, batch_size=256):
     `images`: (N, C, H, W). Averages over batches of `batch_size` (the smaller last one merged); weights don't change.
     """
     bns = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    before = [(m, m.momentum) for m in bns]
+    momenta = [m.momentum for m in bns]
     device = next(net.parameters()).device
     with bn_mode(net, "rs"):
         try:
@@ -50,12 +50,11 @@ def recalibrate(net, images, batch_size=256):
             for idx in eval_batches(len(images), batch_size):
                 net(images[idx].to(device))
         finally:
-            for m, momentum in before:
+            for m, momentum in zip(bns, momenta):
                 m.momentum = momentum
     return net
 
-# %% ../nbs/method/06_evaluation.ipynb #f1d8016a
-@torch.no_grad()
+# %% ../nbs/method/06_evaluation.ipynb #5c3abe43
 def evaluate(net, images, labels, mode="cs", batch_size=256, recal_images=None):
     """Accuracy and cross-entropy of `net` in one BN mode: `{"accuracy": 0..100, "loss": nats, "n": images}`.
 
@@ -66,34 +65,38 @@ def evaluate(net, images, labels, mode="cs", batch_size=256, recal_images=None):
     one_of(mode, ("cs", "rs", "recal"), "the evaluation mode")
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images but {len(labels)} labels")
-    extra = {}
-    if mode == "recal":
-        recal_images = images if recal_images is None else recal_images
-        net, mode, extra = (
-            recalibrate(copy.deepcopy(net), recal_images, batch_size),
-            "rs",
-            {"recal_n": len(recal_images)},
-        )
+    if mode != "recal":
+        return _judge(net, images, labels, mode, batch_size)
+    if recal_images is None:
+        recal_images = images
+    recalibrated = recalibrate(copy.deepcopy(net), recal_images, batch_size)
+    return {**_judge(recalibrated, images, labels, "rs", batch_size), "recal_n": len(recal_images)}
+
+
+@torch.no_grad()
+def _judge(net, images, labels, mode, batch_size):
     device, correct, loss = next(net.parameters()).device, 0, 0.0
     with bn_mode(net, mode):
         for idx in eval_batches(len(images), batch_size):
             logits, y = net(images[idx].to(device)).float(), labels[idx].to(device)
             correct += (logits.argmax(1) == y).sum()
             loss += F.cross_entropy(logits, y, reduction="sum")  # weighted by image, not by batch
-    return {"accuracy": 100 * int(correct) / len(images), "loss": float(loss) / len(images), "n": len(images), **extra}
+    return {"accuracy": 100 * int(correct) / len(images), "loss": float(loss) / len(images), "n": len(images)}
 
 
 def evaluate_modes(net, images, labels, batch_size=256, recal_images=None):
     'Accuracy (0..100) in every mode: `{"cs": …, "rs": …, "recal": …}`; one pass where there is no BatchNorm.'
+    modes = ("cs", "rs", "recal")
     if not norm_kinds(net)["bn"]:
-        return dict.fromkeys(("cs", "rs", "recal"), evaluate(net, images, labels, "rs", batch_size)["accuracy"])
-    return {m: evaluate(net, images, labels, m, batch_size, recal_images)["accuracy"] for m in ("cs", "rs", "recal")}
+        return dict.fromkeys(modes, evaluate(net, images, labels, "rs", batch_size)["accuracy"])
+    return {m: evaluate(net, images, labels, m, batch_size, recal_images)["accuracy"] for m in modes}
 
-# %% ../nbs/method/06_evaluation.ipynb #33eb27ff
+# %% ../nbs/method/06_evaluation.ipynb #e82be9a8
 BINS = 15
 
 
-def _checked(logits, labels):
+def _probabilities(logits, labels):
+    "The softmax of `logits` in float64; ValueError where there is nothing to judge."
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or len(logits) == 0:
         raise ValueError(
             f"calibration needs logits (N, C) and labels (N,), not {tuple(logits.shape)} and {tuple(labels.shape)}"
@@ -106,49 +109,58 @@ def _checked(logits, labels):
 
 
 def calibration(logits, labels, bins=BINS):
-    """How well the softmax of `logits` (N, C) says what is right, by `labels` int64 (N,): a dict of floats.
+    """How well the softmax of `logits` (N, C) knows how sure it may be, by `labels` int64 (N,): a dict of floats.
 
-    `ece`, `mce`: expected and maximum calibration error over `bins` equal bins of confidence, 0 to 1. `fpr95`: false positive rate at 95 %
-    true positives, one class against the others, mean over the classes that occur, in percent. `entropy`: mean entropy of the answers,
-    nats. `confidence`, `accuracy`: means, in percent. Source: LumiNet, section 4.3 and Appendix A.8.1.
+    `ece`, `mce`: expected and maximum calibration error over `bins` equal bins of confidence, 0 to 1. `fpr95`: false
+    positive rate at 95 % true positives, one class against the others, mean over the classes that occur, in percent.
+    `entropy`: mean entropy of the answers, nats. `confidence`, `accuracy`: means, in percent. Source: LumiNet,
+    section 4.3 and Appendix A.8.1.
     """
+    import nskd.engine.vision  # noqa: F401, before torchmetrics, which imports torchvision
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    p = _checked(logits, labels)
-    error = lambda norm: multiclass_calibration_error(p, labels, num_classes=p.shape[1], n_bins=bins, norm=norm).item()
+    p = _probabilities(logits, labels)
+    binned = dict(num_classes=p.shape[1], n_bins=bins)
     return {
         "accuracy": 100 * (p.argmax(1) == labels).double().mean().item(),
         "confidence": 100 * p.amax(1).mean().item(),
-        "ece": error("l1"),
-        "mce": error("max"),
+        "ece": multiclass_calibration_error(p, labels, norm="l1", **binned).item(),
+        "mce": multiclass_calibration_error(p, labels, norm="max", **binned).item(),
         "fpr95": 100 * fpr95(p, labels),
         "entropy": torch.special.entr(p).sum(1).mean().item(),
     }
 
 
 def fpr95(p, labels, rate=0.95):
-    "False positive rate at the first threshold with a true positive rate of at least `rate`, one class against the others, mean over classes: 0 to 1."
+    """False positive rate at the first threshold with a true positive rate of at least `rate`: 0 to 1.
+
+    One class against the others, mean over the classes that occur; probabilities `p` (N, C), `labels` int64 (N,).
+    ValueError where only one class occurs.
+    """
     from sklearn.metrics import roc_curve
 
-    found = []
+    rates = []
     for c in labels.unique().tolist():
         if (labels == c).all():
-            continue  # nothing to take for it
+            continue  # no other class that could be taken for it
         fpr, tpr, _ = roc_curve((labels == c).numpy(), p[:, c].numpy(), drop_intermediate=False)
-        found.append(fpr[(tpr >= rate).argmax()])
-    if not found:
+        rates.append(fpr[(tpr >= rate).argmax()])
+    if not rates:
         raise ValueError("a false positive rate needs images of at least two classes")
-    return float(np.mean(found))
+    return float(np.mean(rates))
 
-
+# %% ../nbs/method/06_evaluation.ipynb #e4fe8e9c
 def reliability(logits, labels, bins=BINS):
-    "Bins of equal width in confidence, those that are not empty: (mean confidence, accuracy, share of the answers), three arrays."
-    p = _checked(logits, labels)
+    """Accuracy by confidence, in equal bins of confidence: mean confidence, accuracy, and share of the answers.
+
+    Three arrays, one entry for each bin that is not empty. Logits (N, C), labels int64 (N,).
+    """
+    p = _probabilities(logits, labels)
     confidence, right = p.amax(1).numpy(), (p.argmax(1) == labels).numpy()
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return tuple(
-        np.array(v)
-        for v in zip(
-            *((confidence[which == b].mean(), right[which == b].mean(), (which == b).mean()) for b in np.unique(which))
-        )
+    members = [which == b for b in np.unique(which)]
+    return (
+        np.array([confidence[m].mean() for m in members]),
+        np.array([right[m].mean() for m in members]),
+        np.array([m.mean() for m in members]),
     )

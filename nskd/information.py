@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALPHAS', 'Information', 'mutual_information', 'as_generator', 'noise_logits', 'ClassHistogram', 'class_histogram',
-           'check_samples', 'share_bounds', 'coverage', 'alpha_sweep', 'pick_alpha']
+           'share_bounds', 'check_samples', 'coverage', 'alpha_sweep', 'pick_alpha']
 
 # %% ../nbs/method/07_information.ipynb #d5903289
 import math
@@ -17,7 +17,7 @@ import torch
 
 from .norms import resolve_teacher_mode, teacher_context
 
-# %% ../nbs/method/07_information.ipynb #765651d6
+# %% ../nbs/method/07_information.ipynb #8066e3f8
 @dataclass(frozen=True)
 class Information:
     "Entropies in nats: of the batch's mean answer, mean over the single answers, and their difference I(X;C)."
@@ -36,8 +36,7 @@ def mutual_information(logits):
     batches = [logits] if isinstance(logits, torch.Tensor) and logits.dim() == 2 else list(logits)
     if not batches:
         raise ValueError("mutual_information needs the logits of at least one batch")
-    marginal, conditional = np.mean([_entropies(_check_answers(z)) for z in batches], axis=0)
-    return Information(float(marginal), float(conditional), float(marginal - conditional))
+    return _average([_entropies(_check_answers(z)) for z in batches])
 
 
 def _check_answers(z):
@@ -53,7 +52,12 @@ def _entropies(z):
     p = z.double().softmax(1)
     return [torch.special.entr(p.mean(0)).sum().item(), torch.special.entr(p).sum(1).mean().item()]
 
-# %% ../nbs/method/07_information.ipynb #8c3f8497
+
+def _average(entropies):
+    marginal, conditional = np.mean(entropies, axis=0)
+    return Information(float(marginal), float(conditional), float(marginal - conditional))
+
+# %% ../nbs/method/07_information.ipynb #de049d1b
 def as_generator(generator, device):
     "A generator on `device` from a seed; generators and None pass through."
     return torch.Generator(device).manual_seed(generator) if isinstance(generator, int) else generator
@@ -61,10 +65,10 @@ def as_generator(generator, device):
 
 @torch.no_grad()
 def noise_logits(teacher, draw, n, mode="auto", alpha=0.5, batch_size=256, generator=None):
-    """The teacher's logits on `n` inputs of noise, one batch at a time: an iterator of float32 (B, classes), B ≤ batch_size.
+    """The teacher's logits on `n` inputs of noise, batch by batch: yields float32 (B, classes), B ≤ batch_size.
 
-    `draw`: a sampler. `mode`: `auto`, `rs`, `cs` or `aligned` (with `alpha`), as in `teacher_context`; the teacher is left
-    as it was. `generator`: a `torch.Generator` on the teacher's device, or a seed.
+    `draw`: a sampler. `mode`: `auto`, `rs`, `cs` or `aligned` (with `alpha`), as in `teacher_context`; the teacher is
+    left as it was. `generator`: a `torch.Generator` on the teacher's device, or a seed.
     """
     if n < 1:
         raise ValueError(f"the number of noise inputs must be at least 1, not {n!r}")
@@ -75,18 +79,51 @@ def noise_logits(teacher, draw, n, mode="auto", alpha=0.5, batch_size=256, gener
             size = n // batches + (i < n % batches)
             yield _check_answers(teacher(draw(size, generator=g, device=device)).float())
 
-# %% ../nbs/method/07_information.ipynb #5113e7ca
+# %% ../nbs/method/07_information.ipynb #e1ee716c
 @dataclass(frozen=True)
 class ClassHistogram:
-    """What a teacher answers on noise: `counts` int64 (C,) by most likely class, `soft` float64 (C,) mean probabilities.
+    """What a teacher answers on noise.
 
-    `information`: an `Information`, in nats. `required_k`: the oversampling with which rejection sampling could serve the
-    rarest class in full, 1 / (C · smallest share); infinite when a class never came.
+    `counts`: int64 (C,), by most likely class. `soft`: float64 (C,), mean probabilities. `information`: an
+    `Information`, in nats. `required_k`: the oversampling with which rejection sampling could serve the rarest class in
+    full, 1 / (C · smallest share); infinite when a class never came.
     """
 
     counts: torch.Tensor
     soft: torch.Tensor
     information: Information
+
+    @property
+    def n(self):
+        return int(self.counts.sum())
+
+    @property
+    def hard(self):
+        "Shares of the answers, float64 (C,)."
+        return self.counts.double() / self.n
+
+    @property
+    def hard_entropy(self):
+        return torch.special.entr(self.hard).sum().item()
+
+    @property
+    def effective_classes(self):
+        "How many equally frequent classes would have the same entropy."
+        return math.exp(self.hard_entropy)
+
+    @property
+    def missing_classes(self):
+        return int((self.counts == 0).sum())
+
+    @property
+    def max_min_ratio(self):
+        least = self.counts.min().item()
+        return self.counts.max().item() / least if least else math.inf
+
+    @property
+    def required_k(self):
+        least = self.counts.min().item()
+        return self.n / (len(self.counts) * least) if least else math.inf
 
     @property
     def marginal_entropy(self):
@@ -100,35 +137,7 @@ class ClassHistogram:
     def mutual_information(self):
         return self.information.mutual_information
 
-    @property
-    def n(self):
-        return int(self.counts.sum())
-
-    @property
-    def hard(self):
-        return self.counts.double() / self.n
-
-    @property
-    def hard_entropy(self):
-        return torch.special.entr(self.hard).sum().item()
-
-    @property
-    def effective_classes(self):
-        return math.exp(self.hard_entropy)
-
-    @property
-    def missing_classes(self):
-        return int((self.counts == 0).sum())
-
-    @property
-    def max_min_ratio(self):
-        return self.counts.max().item() / self.counts.min().item() if self.counts.min() else math.inf
-
-    @property
-    def required_k(self):
-        return self.n / (len(self.counts) * self.counts.min().item()) if self.counts.min() else math.inf
-
-
+# %% ../nbs/method/07_information.ipynb #34913ce6
 def class_histogram(teacher, draw, n=4096, mode="auto", alpha=0.5, batch_size=256, generator=None):
     """Class shares of a teacher's answers on `n` inputs of noise, hard and soft: a `ClassHistogram`.
 
@@ -140,26 +149,11 @@ def class_histogram(teacher, draw, n=4096, mode="auto", alpha=0.5, batch_size=25
         counts = counts + z.argmax(1).bincount(minlength=z.shape[1])
         soft = soft + z.double().softmax(1).sum(0)
         entropies.append(_entropies(z))
-    marginal, conditional = np.mean(entropies, axis=0)
-    return ClassHistogram(
-        counts.cpu(), (soft / n).cpu(), Information(float(marginal), float(conditional), float(marginal - conditional))
-    )
+    return ClassHistogram(counts.cpu(), (soft / n).cpu(), _average(entropies))
 
-# %% ../nbs/method/07_information.ipynb #0c32cf70
-def check_samples(samples, num_classes):
-    "Sample counts in ascending order; ValueError when the smallest could not show every class once."
-    samples = sorted(int(n) for n in samples)
-    if not samples:
-        raise ValueError("coverage needs at least one number of samples")
-    if samples[0] < num_classes:
-        raise ValueError(
-            f"{samples[0]:,} samples can't cover {num_classes:,} classes: give at least as many samples as there are classes"
-        )
-    return samples
-
-
+# %% ../nbs/method/07_information.ipynb #5e33d862
 def share_bounds(count, n, num_classes, confidence=0.95):
-    """Lower and upper bound of the probability of a class that came `count` times in `n`, valid for all classes at once.
+    """Bounds of the probability of a class that came `count` times in `n`, valid for all classes at once: (low, high).
 
     Clopper–Pearson at level (1 - confidence) / num_classes, two-sided. Source: Clopper & Pearson 1934, Bonferroni.
     """
@@ -168,21 +162,18 @@ def share_bounds(count, n, num_classes, confidence=0.95):
     high = stats.beta.ppf(1 - a, count + 1, n - count) if count < n else 1.0
     return float(low), float(high)
 
-
-def _coverage_row(counts, confidence):
-    n, c, least = int(counts.sum()), len(counts), int(counts.min())
-    low, high = share_bounds(least, n, c, confidence)
-    return dict(
-        samples=n,
-        zero_classes=int((counts == 0).sum()),
-        min=least,
-        max=int(counts.max()),
-        max_over_expected=int(counts.max()) * c / n,
-        required_k=n / (c * least) if least else math.inf,
-        required_k_low=1 / (c * high),
-        required_k_high=1 / (c * low) if low else math.inf,
-        unseen_below=high if least == 0 else math.nan,
-    )
+# %% ../nbs/method/07_information.ipynb #506c22fc
+def check_samples(samples, num_classes):
+    "Sample counts in ascending order; ValueError when the smallest could not show every class once."
+    samples = sorted(int(n) for n in samples)
+    if not samples:
+        raise ValueError("coverage needs at least one number of samples")
+    if samples[0] < num_classes:
+        raise ValueError(
+            f"{samples[0]:,} samples can't cover {num_classes:,} classes: "
+            "give at least as many samples as there are classes"
+        )
+    return samples
 
 
 def coverage(
@@ -203,20 +194,39 @@ def coverage(
     stream in constant memory. Other arguments as in `noise_logits`. ValueError for fewer samples than classes.
     Source: NormShift-KD, Table 7.
     """
-    counts, rows, waiting = None, [], None
-    for z in noise_logits(teacher, draw, max(samples, default=1), mode, alpha, batch_size, generator):
+    stream = noise_logits(teacher, draw, max(samples, default=1), mode, alpha, batch_size, generator)
+    return pd.DataFrame([_coverage_row(counts, confidence) for counts in _running_counts(stream, samples)])
+
+
+def _running_counts(stream, samples):
+    "Class counts (C,) of the first n answers of a stream of logits, for each n of `samples`, the smallest first."
+    counts, waiting = None, None
+    for z in stream:
         if counts is None:
             counts, waiting = torch.zeros(z.shape[1], dtype=torch.long), check_samples(samples, z.shape[1])
-        labels = z.argmax(1).cpu()
-        while waiting and waiting[0] <= counts.sum() + len(labels):
-            cut = waiting.pop(0) - int(counts.sum())
-            rows.append(_coverage_row(counts + labels[:cut].bincount(minlength=len(counts)), confidence))
+        labels, seen = z.argmax(1).cpu(), int(counts.sum())
+        while waiting and waiting[0] <= seen + len(labels):  # a row may cut a batch
+            part = labels[: waiting.pop(0) - seen]
+            yield counts + part.bincount(minlength=len(counts))
         counts += labels.bincount(minlength=len(counts))
-    if not rows:
-        check_samples(samples, 1)
-    return pd.DataFrame(rows)
 
-# %% ../nbs/method/07_information.ipynb #da94b9a5
+
+def _coverage_row(counts, confidence):
+    n, c, least = int(counts.sum()), len(counts), int(counts.min())
+    low, high = share_bounds(least, n, c, confidence)
+    return dict(
+        samples=n,
+        zero_classes=int((counts == 0).sum()),
+        min=least,
+        max=int(counts.max()),
+        max_over_expected=int(counts.max()) * c / n,
+        required_k=n / (c * least) if least else math.inf,
+        required_k_low=1 / (c * high),
+        required_k_high=1 / (c * low) if low else math.inf,
+        unseen_below=high if least == 0 else math.nan,
+    )
+
+# %% ../nbs/method/07_information.ipynb #4c9f5d65
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -224,20 +234,24 @@ def alpha_sweep(teacher, draw, alphas=ALPHAS, n=4096, batch_size=256, generator=
     """The information in a teacher's answers on noise, in nats, for each strength of batch alignment: a DataFrame.
 
     Columns `alpha`, `marginal_entropy`, `conditional_entropy`, `mutual_information`. `n` inputs of `draw`, the same for
-    every α in [0, 1]. ValueError for a teacher without LayerNorm or GroupNorm. Source: NormShift-KD, Appendix C, Table 10.
+    every α in [0, 1]. ValueError for a teacher without LayerNorm or GroupNorm. Source: NormShift-KD, Appendix C,
+    Table 10.
     """
     resolve_teacher_mode(teacher, "aligned")
     device = next(teacher.parameters()).device
     g = as_generator(generator, device)
     seed = torch.randint(2**62, (1,), generator=g, device=device).item()
-    found = {a: mutual_information(noise_logits(teacher, draw, n, "aligned", a, batch_size, seed)) for a in alphas}
-    return pd.DataFrame([{"alpha": a, **vars(i)} for a, i in found.items()])
+    rows = {}
+    for alpha in alphas:
+        found = mutual_information(noise_logits(teacher, draw, n, "aligned", alpha, batch_size, seed))
+        rows[alpha] = {"alpha": alpha, **vars(found)}
+    return pd.DataFrame(rows.values())
 
 
 def pick_alpha(teacher, draw, alphas=ALPHAS, n=4096, batch_size=256, generator=None):
     """The strength of batch alignment at which a teacher's answers on noise carry most information: one of `alphas`.
 
-    Arguments as in `alpha_sweep`; of equals the smallest. Source: NormShift-KD, Appendix C.
+    Arguments as in `alpha_sweep`; the smallest of equals. Source: NormShift-KD, Appendix C.
     """
     sweep = alpha_sweep(teacher, draw, sorted(alphas), n, batch_size, generator)
     return float(sweep.alpha[sweep.mutual_information.idxmax()])

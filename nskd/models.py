@@ -18,15 +18,19 @@ from .engine.vision import torchvision  # before timm, which imports torchvision
 from .engine.config import nearest, one_of
 from .norms import make_norm, norm_kinds, replace_norm
 
-# %% ../nbs/method/08_models.ipynb #f4b16a14
+# %% ../nbs/method/08_models.ipynb #4bc516ea
 class _PreActBlock(nn.Module):
     "norm-relu-conv twice, around a shortcut."
 
     def __init__(self, c_in, c_out, stride, norm):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out or stride != 1 else None
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.shortcut = None
+        if c_in != c_out or stride != 1:
+            self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x):
         h = F.relu(self.norm1(x))
@@ -39,14 +43,16 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth, width, num_classes, in_channels, norm):
         super().__init__()
-        n = (depth - 4) // 6
         self.stem = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
         blocks, c_in = [], 16
         for group, c_out in enumerate((16 * width, 32 * width, 64 * width)):
-            for i in range(n):
-                blocks.append(_PreActBlock(c_in, c_out, 2 if i == 0 and group > 0 else 1, norm))
+            for i in range((depth - 4) // 6):
+                stride = 2 if i == 0 and group > 0 else 1
+                blocks.append(_PreActBlock(c_in, c_out, stride, norm))
                 c_in = c_out
-        self.blocks, self.norm, self.fc = nn.Sequential(*blocks), norm(c_in), nn.Linear(c_in, num_classes)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm(c_in)
+        self.fc = nn.Linear(c_in, num_classes)
         _kaiming(self)
 
     def forward(self, x):
@@ -61,24 +67,31 @@ def _kaiming(net):
         elif isinstance(m, nn.Linear):
             nn.init.zeros_(m.bias)
 
-# %% ../nbs/method/08_models.ipynb #82e250a8
+# %% ../nbs/method/08_models.ipynb #a52d78f6
 class SmallImageResNet(torchvision.models.ResNet):
-    "torchvision's ResNet of basic blocks with the small-image stem and `width` base channels; its own state-dict names."
+    """torchvision's ResNet of basic blocks with the small-image stem and `width` base channels.
+
+    Its state dict has torchvision's names. Logits (B, num_classes).
+    """
 
     def __init__(self, layers, width, num_classes, in_channels, norm):
-        nn.Module.__init__(self)  # torchvision's constructor fixes 64 base channels
-        self._norm_layer, self.inplanes, self.dilation, self.groups, self.base_width = norm, width, 1, 1, 64
+        nn.Module.__init__(self)  # torchvision's own constructor fixes 64 base channels
+        self._norm_layer, self.inplanes, self.dilation = norm, width, 1  # what its _make_layer reads
+        self.groups, self.base_width = 1, 64
         block = torchvision.models.resnet.BasicBlock
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        self.bn1, self.relu, self.maxpool = norm(width), nn.ReLU(inplace=True), nn.Identity()
+        self.bn1 = norm(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity()
         self.layer1 = self._make_layer(block, width, layers[0])
         self.layer2 = self._make_layer(block, 2 * width, layers[1], stride=2)
         self.layer3 = self._make_layer(block, 4 * width, layers[2], stride=2)
         self.layer4 = self._make_layer(block, 8 * width, layers[3], stride=2)
-        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8 * width, num_classes)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8 * width, num_classes)
         _kaiming(self)
 
-# %% ../nbs/method/08_models.ipynb #3cf407b6
+# %% ../nbs/method/08_models.ipynb #76f806e9
 class _InvertedResidual(nn.Module):
     "1×1 expand, 3×3 depthwise, 1×1 project, with a shortcut when the stride is 1, itself projected if `widens`."
 
@@ -89,10 +102,10 @@ class _InvertedResidual(nn.Module):
         self.depthwise = nn.Sequential(nn.Conv2d(mid, mid, 3, stride, 1, groups=mid, bias=False), norm(mid), nn.ReLU())
         self.project = nn.Sequential(nn.Conv2d(mid, c_out, 1, bias=False), norm(c_out))
         self.shortcut = None
-        if stride == 1:
-            self.shortcut = (
-                nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out)) if widens else nn.Identity()
-            )
+        if stride == 1 and widens:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
+        elif stride == 1:
+            self.shortcut = nn.Identity()
 
     def forward(self, x):
         h = self.project(self.depthwise(self.expand(x)))
@@ -102,19 +115,22 @@ class _InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     "MobileNetV2 for small images with channel multiplier `width`; logits (B, num_classes)."
 
+    # expansion, channels, blocks, stride of the first
     stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
     def __init__(self, width, num_classes, in_channels, norm):
         super().__init__()
-        scaled = lambda c: max(8, 4 * round(c * width / 4))
-        c_in, before, blocks = scaled(32), 32, []
+        c_in, before, blocks = _scaled(32, width), 32, []
         self.stem = nn.Sequential(nn.Conv2d(in_channels, c_in, 3, 1, 1, bias=False), norm(c_in), nn.ReLU())
         for expansion, c, repeats, stride in self.stages:
+            c_out = _scaled(c, width)
             for i in range(repeats):
                 # the paper's widths decide where a shortcut is projected, so that every width has the same layers
-                blocks.append(_InvertedResidual(c_in, scaled(c), expansion, stride if i == 0 else 1, before != c, norm))
-                c_in, before = scaled(c), c
-        self.blocks, last = nn.Sequential(*blocks), scaled(1280)
+                widens = before != c
+                blocks.append(_InvertedResidual(c_in, c_out, expansion, stride if i == 0 else 1, widens, norm))
+                c_in, before = c_out, c
+        self.blocks = nn.Sequential(*blocks)
+        last = _scaled(1280, width)
         self.head = nn.Sequential(nn.Conv2d(c_in, last, 1, bias=False), norm(last), nn.ReLU())
         self.fc = nn.Linear(last, num_classes)
         _kaiming(self)
@@ -122,7 +138,12 @@ class MobileNetV2(nn.Module):
     def forward(self, x):
         return self.fc(self.head(self.blocks(self.stem(x))).mean((2, 3)))
 
-# %% ../nbs/method/08_models.ipynb #5bc78e39
+
+def _scaled(channels, width):
+    "`width` times so many channels: a multiple of 4, at least 8."
+    return max(8, 4 * round(channels * width / 4))
+
+# %% ../nbs/method/08_models.ipynb #fd6dabbf
 def _hw(image_size):
     return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
@@ -136,10 +157,10 @@ def _vit(heads, width, num_classes, in_channels, image_size):
     from timm.models.vision_transformer import VisionTransformer
 
     # single pixels say too little to be tokens: on images below 16 pixels, 4 tokens a side
-    patch = _patch(image_size, 8 if min(_hw(image_size)) >= 16 else 4, 16)
+    tokens = 8 if min(_hw(image_size)) >= 16 else 4
     net = VisionTransformer(
         img_size=_hw(image_size),
-        patch_size=patch,
+        patch_size=_patch(image_size, tokens, 16),
         in_chans=in_channels,
         num_classes=num_classes,
         embed_dim=heads * max(8, round(64 * width)),
@@ -150,14 +171,14 @@ def _vit(heads, width, num_classes, in_channels, image_size):
 
 
 def _init_narrow(net):
-    "timm's weights of deviation 0.02 fit the published widths; in a narrow ViT the signal starves, so scale them by fan-in."
+    "timm's deviation of 0.02 fits the published widths; in a narrow ViT the signal starves, so scale by fan-in."
     for m in net.modules():
         if isinstance(m, nn.Linear):
             nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
     nn.init.normal_(net.pos_embed, std=0.3)
     return net
 
-
+# %% ../nbs/method/08_models.ipynb #01c5784d
 def _swin_tiny(width, num_classes, in_channels, image_size):
     from timm.models.swin_transformer import SwinTransformer
 
@@ -176,29 +197,27 @@ def _swin_tiny(width, num_classes, in_channels, image_size):
 def _convnext_small(width, num_classes, in_channels, image_size):
     from timm.models.convnext import ConvNeXt
 
-    dims = tuple(8 * max(1, round(c * width / 8)) for c in (96, 192, 384, 768))
     return ConvNeXt(
         in_chans=in_channels,
         num_classes=num_classes,
         depths=(3, 3, 27, 3),
-        dims=dims,
+        dims=tuple(8 * max(1, round(c * width / 8)) for c in (96, 192, 384, 768)),
         patch_size=_patch(image_size, 16, 4),
     )
 
-# %% ../nbs/method/08_models.ipynb #28456d2f
+# %% ../nbs/method/08_models.ipynb #2d794e7d
 def _cnn(build, paper_width):
     "A family of ours: `build(width, num_classes, in_channels, norm)` at `paper_width` by default, BN by default."
 
     def make(num_classes, in_channels, image_size, norm, width):
-        return build(
-            paper_width if width is None else width, num_classes, in_channels, partial(make_norm, norm or "bn")
-        )
+        width = paper_width if width is None else width
+        return build(width, num_classes, in_channels, partial(make_norm, norm or "bn"))
 
     return make
 
 
 def _ln_family(build):
-    "A family whose own norm is LayerNorm."
+    "A family whose own norm is LayerNorm: `build(width, num_classes, in_channels, image_size)`."
 
     def make(num_classes, in_channels, image_size, norm, width):
         if norm not in (None, "ln"):
@@ -209,12 +228,12 @@ def _ln_family(build):
 
 
 _FAMILIES = {
-    "wrn28": _cnn(lambda w, n, c, norm: WideResNet(28, w, n, c, norm), 10),
-    "wrn16": _cnn(lambda w, n, c, norm: WideResNet(16, w, n, c, norm), 8),
-    "wrn40": _cnn(lambda w, n, c, norm: WideResNet(40, w, n, c, norm), 2),
-    "r18": _cnn(lambda w, n, c, norm: SmallImageResNet((2, 2, 2, 2), w, n, c, norm), 64),
-    "r34": _cnn(lambda w, n, c, norm: SmallImageResNet((3, 4, 6, 3), w, n, c, norm), 64),
-    "mv2": _cnn(lambda w, n, c, norm: MobileNetV2(w, n, c, norm), 1.0),
+    "wrn28": _cnn(partial(WideResNet, 28), 10),
+    "wrn16": _cnn(partial(WideResNet, 16), 8),
+    "wrn40": _cnn(partial(WideResNet, 40), 2),
+    "r18": _cnn(partial(SmallImageResNet, (2, 2, 2, 2)), 64),
+    "r34": _cnn(partial(SmallImageResNet, (3, 4, 6, 3)), 64),
+    "mv2": _cnn(MobileNetV2, 1.0),
     "vit_tiny": _ln_family(partial(_vit, 3)),
     "vit_small": _ln_family(partial(_vit, 6)),
     "swin_tiny": _ln_family(_swin_tiny),
@@ -226,15 +245,16 @@ def list_models():
     "Names that `create_model` builds itself; any timm or torchvision name works besides."
     return list(_FAMILIES)
 
-# %% ../nbs/method/08_models.ipynb #dd1f89f9
+# %% ../nbs/method/08_models.ipynb #5618fa49
 def create_model(name, num_classes=10, in_channels=3, image_size=32, norm=None, width=None, seed=None):
     """Build a classifier with random weights; it maps (B, in_channels, H, W) to logits (B, num_classes).
 
     `name`: one of `list_models()`, or a timm or torchvision name, with `timm:` or `torchvision:` before it if need be.
     `image_size`: pixels, an int or (H, W), from 8. `norm`: "bn", "ln" (GroupNorm(1, C) in a CNN) or "gn"; by default
-    the family's own (BatchNorm for the CNNs). `width`: the family's knob, the paper's value by default: widening factor (wrn28 10, wrn16 8,
-    wrn40 2), base channels (r18, r34: 64), multiplier (mv2, vit, swin, convnext: 1.0). `seed`: initialise from this
-    seed, leaving the CPU's global random state as it was. ValueError on an unknown name, with the nearest known one.
+    the family's own (BatchNorm for the CNNs). `width`: the family's knob, the paper's value by default: widening
+    factor (wrn28 10, wrn16 8, wrn40 2), base channels (r18, r34: 64), multiplier (mv2, vit, swin, convnext: 1.0).
+    `seed`: initialise from this seed, leaving the CPU's global random state as it was. ValueError on an unknown name,
+    with the nearest known one.
     """
     if norm is not None:
         one_of(norm, ("bn", "ln", "gn"), "norm")
@@ -255,36 +275,38 @@ def create_model(name, num_classes=10, in_channels=3, image_size=32, norm=None, 
 
 
 def check_width(name, width):
+    "ValueError unless `width` suits the family `name`: None, a positive number, or a whole one where channels count."
     if width is None:
         return
     if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < math.inf:
         raise ValueError(f"width must be a positive number, not {width!r}")
-    if name in ("wrn28", "wrn16", "wrn40", "r18", "r34") and width != int(width):
-        raise ValueError(
-            f"the width of {name} is a whole number ({'widening factor' if name[0] == 'w' else 'base channels'}), not {width!r}"
-        )
+    whole = {"wrn28": "widening factor", "wrn16": "widening factor", "wrn40": "widening factor"}
+    whole |= {"r18": "base channels", "r34": "base channels"}
+    if name in whole and width != int(width):
+        raise ValueError(f"the width of {name} is a whole number ({whole[name]}), not {width!r}")
 
 
 def whole_width(width):
+    "`width` as an int where it is one: 1.0 and 1 are the same network."
     return int(width) if width is not None and width == int(width) else width
 
-# %% ../nbs/method/08_models.ipynb #71013421
+# %% ../nbs/method/08_models.ipynb #b89d6b6b
 def _from_library(name, num_classes, in_channels, image_size, norm, width):
     "A timm or torchvision model; `norm` other than its own replaces its BatchNorms."
     import timm
 
-    bare = str(name).rpartition(":")[2]
-    if not (timm.is_model(bare) or bare in torchvision.models.list_models()):
-        raise ValueError(_unknown(name, timm))
+    source, _, bare = str(name).rpartition(":")
+    in_timm, in_torchvision = timm.is_model(bare), bare in torchvision.models.list_models()
+    if not (in_timm or in_torchvision):
+        raise ValueError(_no_such_model(name, timm))
     if width is not None:
         raise ValueError(f"{name} comes from a library in one width: leave width out, or pick a variant by name")
-    source = str(name).rpartition(":")[0]
-    if source in ("", "timm") and timm.is_model(bare):
+    if in_timm and source in ("", "timm"):
         net = _from_timm(bare, num_classes, in_channels, image_size)
-    elif source in ("", "torchvision") and bare in torchvision.models.list_models():
+    elif in_torchvision and source in ("", "torchvision"):
         net = _from_torchvision(bare, num_classes, in_channels)
     else:
-        raise ValueError(_unknown(name, timm))
+        raise ValueError(_no_such_model(name, timm))
     net.input_shape = (in_channels, *_hw(image_size))
     if norm in ("ln", "gn") and norm_kinds(net)["bn"]:
         replace_norm(net, norm)
@@ -296,41 +318,44 @@ def _from_library(name, num_classes, in_channels, image_size, norm, width):
 def _from_timm(name, num_classes, in_channels, image_size):
     import timm
 
-    args = dict(pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    options = dict(pretrained=False, num_classes=num_classes, in_chans=in_channels)
     try:
-        return timm.create_model(name, img_size=_hw(image_size), **args)
+        return timm.create_model(name, img_size=_hw(image_size), **options)
     except TypeError:
-        return timm.create_model(name, **args)  # CNNs take no img_size
+        return timm.create_model(name, **options)  # CNNs take no img_size
 
 
+def _no_such_model(name, timm):
+    "One sentence about an unknown name: the nearest of ours, else the nearest of the libraries'."
+    bare = str(name).rpartition(":")[2]
+    theirs = [*timm.list_models(), *torchvision.models.list_models()]
+    near = nearest(name, list_models(), 0.5) or nearest(bare, theirs, 0.6)
+    advice = f", did you mean {near!r}?" if near else f"; ours are {', '.join(list_models())}"
+    return f"there is no model named {name!r}{advice}"
+
+# %% ../nbs/method/08_models.ipynb #69a81b1b
 def _from_torchvision(name, num_classes, in_channels):
     net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-    first = next((n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)), None)
-    conv = net.get_submodule(first) if first else None
-    if conv is None or conv.in_channels != in_channels:
-        if conv is None or conv.groups != 1:
-            raise ValueError(f"{name} takes {getattr(conv, 'in_channels', 3)} channels, not {in_channels}")
-        parent, _, leaf = first.rpartition(".")
-        setattr(
-            net.get_submodule(parent),
-            leaf,
-            nn.Conv2d(
-                in_channels,
-                conv.out_channels,
-                conv.kernel_size,
-                conv.stride,
-                conv.padding,
-                conv.dilation,
-                bias=conv.bias is not None,
-            ),
-        )
+    convs = [(path, m) for path, m in net.named_modules() if isinstance(m, nn.Conv2d)]
+    if not convs:
+        raise ValueError(f"{name} takes 3 channels, not {in_channels}")
+    path, first = convs[0]
+    if first.in_channels != in_channels:
+        if first.groups != 1:
+            raise ValueError(f"{name} takes {first.in_channels} channels, not {in_channels}")
+        parent, _, leaf = path.rpartition(".")
+        setattr(net.get_submodule(parent), leaf, _with_channels(first, in_channels))
     return net
 
 
-def _unknown(name, timm):
-    near = nearest(name, list_models(), 0.5) or nearest(
-        str(name).rpartition(":")[2], [*timm.list_models(), *torchvision.models.list_models()], 0.6
-    )
-    return f"there is no model named {name!r}" + (
-        f", did you mean {near!r}?" if near else f"; ours are {', '.join(list_models())}"
+def _with_channels(conv, in_channels):
+    "A new convolution like `conv`, for another number of input channels."
+    return nn.Conv2d(
+        in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        bias=conv.bias is not None,
     )

@@ -41,6 +41,7 @@ from nskd.engine import files
 from nskd.experiments import claims, explain, parameters
 from nskd.practice import loading
 from nskd.data import load_dataset
+from nskd.tables.methods import TableParameters
 
 SECONDS, WAIT = 5, 60  # for one file: of computing, and on the clock of a machine that may be busy
 CHUNK = 100  # files a process reads
@@ -560,7 +561,7 @@ def read_parameters(path):
     if not isinstance(given, dict):
         raise ValueError("no mapping")
     given = {str(k): v for k, v in given.items()}
-    for model in (parameters.TableParameters, parameters.DistillStudy):
+    for model in (TableParameters, parameters.DistillStudy):
         _each(lambda g: parameters.check_parameters(g, model), dict(given))
 
 

@@ -15,12 +15,11 @@ from nskd.engine.files import read_json, write_json
 from nskd.evaluation import evaluate_modes
 from nskd.supervision import TeacherBatches
 from nskd.experiments.runner import run_cells
-from nskd.experiments.parameters import table_cells
-from nskd.experiments.parameters import TableParameters
 from nskd.models import create_model
 from nskd.norms import norm_kinds, teacher_context
 from nskd.engine.keys import tensors_key
 from nskd.samplers import Sampler, create_sampler
+from nskd.tables.methods import TableParameters, table_cells
 
 DATA = (torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 10)
 SHORT = DistillConfig(steps=4, eval_every=2, batch_size=32, k=2)

@@ -20,10 +20,10 @@ from nskd.data import load_dataset
 from nskd.distillation import DistillConfig, distill
 from nskd.experiments.runner import run_cells
 from faults import FAULTS, fault_table
-from nskd.experiments.parameters import TableParameters, table_cells
 from nskd.engine.runs import Unfinished, cached, directory_lock
 from nskd.engine.keys import tensors_key
 from nskd.samplers import create_sampler
+from nskd.tables.methods import TableParameters, table_cells
 from nskd.teachers import TeacherRecipe, train_teacher
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork")

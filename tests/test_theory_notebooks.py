@@ -5,9 +5,10 @@ import json
 import pandas as pd
 import pytest
 
-from nskd.tables.attention import AttentionParameters, run_attention
+from nskd.tables import attention, theory
+from nskd.tables.attention import AttentionParameters
 from nskd.experiments.parameters import check_parameters
-from nskd.tables.theory import TheoryParameters, run_theory
+from nskd.tables.theory import TheoryParameters
 from test_tables import check_smoke_results
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -65,11 +66,11 @@ def test_bad_parameters_are_one_sentence(model, bad, words):
 def test_a_cnn_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setenv("NSKD_OUTPUTS", str(tmp_path))
     with pytest.raises(ValueError, match="has no attention layers to look into"):
-        run_attention(AttentionParameters(models="r18", seeds=1, workers=1))
+        attention.run(AttentionParameters(models="r18", seeds=1, workers=1))
     with pytest.raises(ValueError, match="has no attention layers to look into"):
-        run_theory(TheoryParameters(model="r18", seeds=1, workers=1))
+        theory.run(TheoryParameters(model="r18", seeds=1, workers=1))
     with pytest.raises(ValueError, match="image_size goes with weights='pretrained'"):
-        run_attention(AttentionParameters(image_size=32, seeds=1, workers=1))
+        attention.run(AttentionParameters(image_size=32, seeds=1, workers=1))
     assert not any(tmp_path.iterdir())
 
 
@@ -84,7 +85,7 @@ def test_pretrained_weights_see_resized_images_in_their_own_channels(tmp_path, m
         return real(name, pretrained=False, img_size=32, depth=2, embed_dim=48, num_classes=10)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    records = run_attention(
+    records = attention.run(
         AttentionParameters(
             models="timm:vit_tiny_patch16_224", weights="pretrained", image_size=32, images=4, seeds=1, workers=1
         )

@@ -19,6 +19,47 @@ import torch
 
 from .files import explain_full_disk, set_aside, sync_folder, write_synced
 
+# %% ../../nbs/engine/07_checkpoints.ipynb #c5510ea7
+def _write(folder, tensors, meta):
+    "Tensors and manifest into `folder`, and wait for the disk."
+    data = _st_save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    write_synced(folder / "tensors.safetensors", data)
+    body = json.dumps({"tensors": _digest(data), "meta": meta})
+    write_synced(folder / "manifest.json", json.dumps({"sha256": _digest(body.encode()), "manifest": body}).encode())
+    sync_folder(folder)
+
+
+def _digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(folder):
+    "Tensors and meta; ValueError that says what is wrong with the checkpoint."
+    body, file = _read_manifest(folder), folder / "tensors.safetensors"
+    if not file.is_file() or file.is_symlink():
+        raise ValueError(f"{file.name} is missing")
+    data = file.read_bytes()
+    if _digest(data) != body.get("tensors"):
+        raise ValueError(f"the checksum of {file.name} is wrong")
+    try:
+        return _st_load(data), body["meta"]
+    except (SafetensorError, KeyError) as e:
+        raise ValueError("its manifest.json doesn't fit its tensors") from e
+
+
+def _read_manifest(folder):
+    "What is in the manifest, its checksum compared."
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except FileNotFoundError:
+        raise ValueError("it has no manifest.json") from None
+    except ValueError:
+        raise ValueError("its manifest.json is not JSON") from None
+    body = manifest.get("manifest") if isinstance(manifest, dict) else None
+    if not isinstance(body, str) or _digest(body.encode()) != manifest.get("sha256"):
+        raise ValueError("the checksum of its manifest.json is wrong")
+    return json.loads(body)
+
 # %% ../../nbs/engine/07_checkpoints.ipynb #88b68561
 class Checkpoints:
     """The checkpoints of a run, in `directory`/checkpoints/<step>/: manifest.json and tensors.safetensors.
@@ -31,7 +72,7 @@ class Checkpoints:
         self.folder, self.keep = Path(directory) / "checkpoints", keep
 
     def steps(self):
-        "The steps of which a checkpoint is there, in order."
+        "The steps that have a checkpoint, in order."
         return sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdecimal())
 
     def place(self, step):
@@ -49,7 +90,7 @@ class Checkpoints:
             try:
                 new.mkdir(parents=True)
                 _write(new, tensors, meta)
-                self._drop([step])  # of the same step, left by a run that went on from before
+                self._drop([step])  # an older one of the same step, where a run has gone back
                 os.replace(new, self.place(step))
             finally:
                 shutil.rmtree(new, ignore_errors=True)
@@ -57,7 +98,10 @@ class Checkpoints:
         self._drop(self.steps()[: -self.keep])
 
     def load(self, at_most=math.inf):
-        "The newest whole checkpoint not after step `at_most`: (step, tensors, meta), or None. A damaged one is set aside, with a warning."
+        """The newest whole checkpoint not after step `at_most`: (step, tensors, meta), or None.
+
+        A damaged one is set aside, with a warning.
+        """
         steps = [s for s in self.steps() if s <= at_most]
         while steps:
             step = steps.pop()
@@ -65,31 +109,29 @@ class Checkpoints:
                 return step, *_read(self.place(step))
             except ValueError as e:
                 why = e
-            set_aside(
-                self.place(step), why, f"the one of step {steps[-1]} is taken" if steps else "there is none before it"
-            )
+            then = f"the one of step {steps[-1]} is taken" if steps else "there is none before it"
+            set_aside(self.place(step), why, then)
+        return None
 
     def newest_meta(self):
-        "The `meta` of the newest checkpoint, from its manifest alone; None without a checkpoint or with a damaged one."
+        "The `meta` of the newest checkpoint, from its manifest alone; None where there is none, or it is damaged."
         steps = self.steps()
+        if not steps:
+            return None
         try:
-            return (
-                json.loads(json.loads((self.place(steps[-1]) / "manifest.json").read_bytes())["manifest"])["meta"]
-                if steps
-                else None
-            )
+            return _read_manifest(self.place(steps[-1]))["meta"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def clear(self):
-        "Remove all checkpoints but what was set aside."
+        "Remove all checkpoints; what was set aside stays."
         self._drop(self.steps())
         self._sweep()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _drop(self, steps):
-        for step in steps:  # renamed first: no half of a checkpoint under its name
+        for step in steps:  # renamed first: half a checkpoint must not have its name
             place, old = self.place(step), self.folder / f".{step:09d}-old.tmp"
             if place.exists():
                 os.replace(place, old)
@@ -100,60 +142,27 @@ class Checkpoints:
         for p in self.folder.glob(".*.tmp"):
             shutil.rmtree(p, ignore_errors=True)
 
-# %% ../../nbs/engine/07_checkpoints.ipynb #c5510ea7
-def _write(folder, tensors, meta):
-    "Tensors and manifest into `folder`, and wait for the disk."
-    data = _st_save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    write_synced(folder / "tensors.safetensors", data)
-    body = json.dumps({"tensors": _digest(data), "meta": meta})
-    write_synced(folder / "manifest.json", json.dumps({"sha256": _digest(body.encode()), "manifest": body}).encode())
-    sync_folder(folder)
-
-
-def _digest(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read(folder):
-    "Tensors and meta; ValueError that says what is wrong with the checkpoint."
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-    except FileNotFoundError:
-        raise ValueError("it has no manifest.json") from None
-    except ValueError:
-        raise ValueError("its manifest.json is no JSON") from None
-    body = manifest.get("manifest") if isinstance(manifest, dict) else None
-    if not isinstance(body, str) or _digest(body.encode()) != manifest.get("sha256"):
-        raise ValueError("the checksum of its manifest.json is another")
-    body, file = json.loads(body), folder / "tensors.safetensors"
-    if not file.is_file() or file.is_symlink():
-        raise ValueError(f"{file.name} is missing")
-    data = file.read_bytes()
-    if _digest(data) != body.get("tensors"):
-        raise ValueError(f"the checksum of {file.name} is another")
-    try:
-        return _st_load(data), body["meta"]
-    except (SafetensorError, KeyError) as e:
-        raise ValueError("its manifest.json doesn't fit its tensors") from e
-
 # %% ../../nbs/engine/07_checkpoints.ipynb #97161444
 def optimiser_tensors(opt):
     "The state of optimiser `opt` as tensors by name, opt/<parameter>/<what>."
-    return {
-        f"opt/{i}/{k}": v
-        for i, s in opt.state_dict()["state"].items()
-        for k, v in s.items()
-        if isinstance(v, torch.Tensor)
-    }
+    found = {}
+    for i, state in opt.state_dict()["state"].items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                found[f"opt/{i}/{name}"] = value
+    return found
 
 
 def restore_optimiser(opt, tensors):
     "Put the state from `optimiser_tensors` back; learning rates and the like stay as they are."
-    params, state = [p for group in opt.param_groups for p in group["params"]], {}
-    for key, v in tensors.items():
+    params = [p for group in opt.param_groups for p in group["params"]]
+    state = {}
+    for key, value in tensors.items():
         if not key.startswith("opt/"):
             continue
         _, i, name = key.split("/")
-        p = params[int(i)]  # fused Adam walks memory: its state must be laid out as the weights are
-        state.setdefault(int(i), {})[name] = torch.empty_like(p, dtype=v.dtype).copy_(v) if v.shape == p.shape else v
+        p = params[int(i)]
+        if value.shape == p.shape:  # fused Adam walks memory: its state must be laid out as the weights are
+            value = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        state.setdefault(int(i), {})[name] = value
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})

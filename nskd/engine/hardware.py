@@ -27,7 +27,7 @@ from .files import cache_dir, read_json, write_json
 
 # %% ../../nbs/engine/05_hardware.ipynb #cae78acb
 def pick_device(device):
-    "`device` as a torch.device; `auto` is the first GPU, else the CPU. ValueError for one that is not there."
+    "`device` as a torch.device; `auto` is the first GPU, or the CPU. ValueError for one that is not there."
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = str(device).partition(":")[0]
@@ -38,18 +38,18 @@ def pick_device(device):
 
 
 def below_24px(shape):
-    "Whether images of `shape` (C, H, W) are too small for an operation to keep more than one CPU thread busy: below 24x24 pixels."
+    "Whether images of `shape` (C, H, W) are below 24x24 pixels: too small to keep more than one CPU thread busy."
     return shape[1] * shape[2] < 24 * 24
 
 # %% ../../nbs/engine/05_hardware.ipynb #97fe093d
 def synchronize(device):
-    "Until a GPU has done all that was asked of it; nothing on a CPU."
+    "Wait until a GPU has done all that was asked of it; does nothing on a CPU."
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(work, device, times=1):
-    "Seconds that `times` calls of `work` took on a torch.device, and what the last one returned."
+    "(seconds that `times` calls of `work()` took on a torch.device, what the last one returned)."
     synchronize(device)
     start = time.perf_counter()
     for _ in range(times):
@@ -57,7 +57,7 @@ def timed(work, device, times=1):
     synchronize(device)
     return time.perf_counter() - start, out
 
-
+# %% ../../nbs/engine/05_hardware.ipynb #cfdbc1a5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -69,34 +69,39 @@ def gemm_rates(device="auto", size=None, repeats=5, precisions=("fp32", "bf16"))
     device = pick_device(device)
     size = size or (8192 if device.type == "cuda" else 2048)
     g = torch.Generator(device).manual_seed(0)  # its own: whoever asks may be in the middle of a run
-    pairs = {
-        p: [torch.randn(size, size, device=device, dtype=DTYPES[p], generator=g) for _ in range(2)] for p in precisions
-    }
-    took = [{p: timed(lambda: a @ b, device)[0] for p, (a, b) in pairs.items()} for _ in range(repeats + 1)][1:]
-    return {p: 2 * size**3 / sorted(t[p] for t in took)[repeats // 2] for p in precisions}
+    pairs = {}
+    for p in precisions:
+        pairs[p] = [torch.randn(size, size, device=device, dtype=DTYPES[p], generator=g) for _ in range(2)]
+    seconds = {p: [] for p in precisions}
+    for _ in range(repeats + 1):  # the first turn warms up and isn't counted
+        for p, (a, b) in pairs.items():
+            seconds[p].append(timed(lambda: a @ b, device)[0])
+    return {p: 2 * size**3 / sorted(took[1:])[repeats // 2] for p, took in seconds.items()}
 
 # %% ../../nbs/engine/05_hardware.ipynb #c793e79f
 def device_name(device):
-    "What a device is called by those who sell it, a CPU with the number of its cores."
+    "The name that a device is sold by, for a CPU with the number of its cores."
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = next((l.split(":")[1].strip() for l in _cpuinfo() if l.startswith("model name")), platform.processor())
-    return f"{cpu}, {os.cpu_count()} cores"
+    return f"{_cpu_name()}, {os.cpu_count()} cores"
 
 
-def _cpuinfo():
+def _cpu_name():
     try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
 
 # %% ../../nbs/engine/05_hardware.ipynb #fdc69e86
 def machine_record(kind, *about, device="cpu"):
-    "The file in which what `kind` says of `about` (strings) on this machine, with this version of torch, is remembered."
-    # virtual machines on different processors may bear one name
-    name = hashlib.sha256(
-        "\n".join((*about, device_name(device), str(sorted(_instructions().items())), torch.__version__)).encode()
-    ).hexdigest()[:16]
+    "The file that keeps what was measured: `kind` of `about` (strings), on this machine, with this version of torch."
+    # virtual machines on different processors may have the same name, hence the instructions
+    depends_on = (*about, device_name(device), str(sorted(_instructions().items())), torch.__version__)
+    name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     return cache_dir() / kind / f"{name}.json"
 
 
@@ -105,22 +110,26 @@ def _instructions():
 
 
 def remembered(measure, kind, *about, device="cpu"):
-    "What `measure()` found (as JSON), now or when it was last asked on this machine."
+    "What `measure()` finds (JSON-like), measured now or on an earlier call on this machine; see `machine_record`."
     path = machine_record(kind, *about, device=device)
     if path.exists():
         return read_json(path)
     found = measure()
-    with suppress(OSError):
-        write_json(path, found)  # a home that can't be written to: measured anew by the next process
+    with suppress(OSError):  # a home that can't be written to: the next process measures again
+        write_json(path, found)
     return found
 
-# %% ../../nbs/engine/05_hardware.ipynb #3a3209fc
-_LEAST_GAIN = 1.2  # what surrounds the products, casts among it, is paid for by the rest
+# %% ../../nbs/engine/05_hardware.ipynb #6395c454
+_LEAST_GAIN = 1.2  # of the products: what is around them, casts for instance, costs some of it
 
 
 @cache
 def bf16_is_faster(kind):
-    'Whether devices of `kind` ("cpu", "cuda") here are faster in bfloat16: GPUs that compute in it, CPUs that do and multiply matrices faster so, as measured once. `$NSKD_BF16` (0 or 1) answers in the machine\'s place, for runs that are to be the same on another.'
+    """Whether devices of `kind` ("cpu", "cuda") here are faster in bfloat16.
+
+    GPUs that compute in it are; CPUs if they have the instructions and multiply matrices faster with them, which is
+    measured once. `$NSKD_BF16` (0 or 1) overrides the answer, so that a run can be the same on another machine.
+    """
     if forced := os.environ.get("NSKD_BF16"):
         return one_of(forced, ("0", "1"), "$NSKD_BF16") == "1"
     if kind == "cuda":
@@ -132,12 +141,16 @@ def bf16_is_faster(kind):
 
 
 def _has_bf16():
-    able = _instructions()  # emulated bf16 is slower than fp32
+    "Whether the CPU has instructions for bfloat16; emulated, it is slower than fp32."
+    able = _instructions()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 # %% ../../nbs/engine/05_hardware.ipynb #1cd67f86
 def pick_precision(precision, device):
-    "`fp32` or `bf16`, for a network in training; `auto` is bf16 on a GPU that computes in it (Ampere and later) and fp32 elsewhere."
+    """`fp32` or `bf16`, for a network in training.
+
+    `auto` is bf16 on a GPU that computes in it (Ampere and later) and fp32 elsewhere.
+    """
     one_of(precision, ("auto", "fp32", "bf16"), "precision")
     if precision != "auto":
         return precision
@@ -145,44 +158,52 @@ def pick_precision(precision, device):
 
 
 def pick_student_precision(precision, device, shape):
-    "As `pick_precision`, for a student of noise of `shape` (C, H, W): `auto` is bf16 on CPUs that gain by it too, where images are large enough."
-    # on small images nbs/precision.ipynb found no difference of half a point on average
-    return (
-        "bf16"
-        if precision == "auto" and not below_24px(shape) and bf16_is_faster(device.type)
-        else pick_precision(precision, device)
-    )
+    """`fp32` or `bf16`, for a student that learns from noise of `shape` (C, H, W).
+
+    As `pick_precision`, but `auto` is bf16 also on CPUs that are faster in it, where images are large enough.
+    """
+    # for small images nbs/precision.ipynb could not show that students in bf16 are within half a point
+    if precision == "auto" and not below_24px(shape) and bf16_is_faster(device.type):
+        return "bf16"
+    return pick_precision(precision, device)
 
 
 def pick_teacher_precision(precision, device):
-    "As `pick_precision`, for a frozen network that is only asked: `auto` is bf16 on CPUs that gain by it too."
-    return "bf16" if precision == "auto" and bf16_is_faster(device.type) else pick_precision(precision, device)
+    """`fp32` or `bf16`, for a frozen network.
+
+    As `pick_precision`, but `auto` is bf16 also on CPUs that are faster in it.
+    """
+    if precision == "auto" and bf16_is_faster(device.type):
+        return "bf16"
+    return pick_precision(precision, device)
 
 
 def autocast(device, precision):
     "The autocast context for `precision` (see `pick_precision`) on a torch.device."
     return torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(precision, device) == "bf16")
 
-# %% ../../nbs/engine/05_hardware.ipynb #ddc5cc19
+# %% ../../nbs/engine/05_hardware.ipynb #d45b3d59
+_ROUNDED_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
 def round_weights(net):
     """Round the weights of `net`'s convolutions and linear layers to bfloat16, in place, and return `net`.
 
-    For a frozen network that is only called under `autocast`, which rounds them at every call: the same bits, less time and memory. Left as they are:
-    subclasses, which may do otherwise, weights that several layers share, and what hooks or parametrisations make.
+    For a frozen network that is only called under `autocast`, which would round them at every call: the same bits, less
+    time and memory. Left as they are: subclasses, which may do otherwise, weights that several layers share, and what
+    hooks or parametrisations make.
     """
-    layers = [
-        m
-        for m in net.modules()
-        if type(m) in _ROUNDED_BY_AUTOCAST and m._parameters.keys() == {"weight", "bias"} and not m._forward_pre_hooks
-    ]
     owners = Counter(id(p) for m in net.modules() for p in m._parameters.values())
-    for m in layers:
-        if owners[id(m.weight)] == 1 and m.weight.dtype == torch.float32:
+    for m in list(net.modules()):
+        if _is_plain(m) and owners[id(m.weight)] == 1 and m.weight.dtype == torch.float32:
             m.to(torch.bfloat16)
     return net
 
 
-_ROUNDED_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+def _is_plain(layer):
+    "Whether `layer` is one of PyTorch's own, with nothing added to it."
+    own = layer._parameters.keys() == {"weight", "bias"} and not layer._forward_pre_hooks
+    return type(layer) in _ROUNDED_BY_AUTOCAST and own
 
 # %% ../../nbs/engine/05_hardware.ipynb #9a759335
 def deterministic(device):
@@ -197,7 +218,7 @@ def deterministic(device):
 
 @contextmanager
 def threads(n):
-    "Run with `n` threads, and then with as many as before."
+    "Inside, PyTorch uses `n` threads; then as many as before."
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -205,55 +226,59 @@ def threads(n):
     finally:
         torch.set_num_threads(before)
 
-
+# %% ../../nbs/engine/05_hardware.ipynb #29c05cee
 @contextmanager
 def environment(**values):
-    "Run with these environment variables, None for one that isn't there, and then with what was there before."
+    "Inside, these environment variables are set (None: unset); then they are what they were before."
     before = {name: os.environ.get(name) for name in values}
-
-    def put(values):
-        for name, value in values.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-
-    put(values)
+    _set_environment(values)
     try:
         yield
     finally:
-        put(before)
+        _set_environment(before)
+
+
+def _set_environment(values):
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+# %% ../../nbs/engine/05_hardware.ipynb #d36dae84
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @cache
 def keep_freed_memory():
-    """Let this process keep the memory that it frees, for its next tensors; what it keeps is given back when it ends.
+    """Let this process keep the memory that it frees, for its next tensors, until it ends.
 
-    Else glibc returns every block over 32 MB at once, and a step asks for the same pages again, to be zeroed: at 32x32 pixels that took longer
-    than the arithmetic (see `nskd.benchmark`). Nothing happens where the C library isn't glibc.
+    Does nothing where the C library isn't glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    for option, size in ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, 2**31 - 1)):
-        mallopt(option, size)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 # %% ../../nbs/engine/05_hardware.ipynb #75195428
 def compiled(net):
     """`net` as a function of inputs (B, …), compiled by `torch.compile` as one graph; on a GPU replayed as CUDA graphs.
 
-    Weights, buffers and modes are those of `net` at each call. Every shape of inputs is compiled when it first comes. ValueError of one sentence, at the first call, for
-    a network that `torch.compile` can't take as one graph, and where its compiler is missing.
+    Weights, buffers and modes are those of `net` at each call. Every shape of inputs is compiled when it first comes.
+    ValueError of one sentence, at the first call, for a network that `torch.compile` can't take as one graph, and where
+    its compiler is missing.
     """
     on_gpu = any(t.is_cuda for t in net.state_dict().values())
-    quick = torch.compile(_alone(net), fullgraph=True, dynamic=False, mode="reduce-overhead" if on_gpu else "default")
+    mode = "reduce-overhead" if on_gpu else "default"
+    compiled_net = torch.compile(_alone(net), fullgraph=True, dynamic=False, mode=mode)
 
     def forward(x):
         if on_gpu:
-            torch.compiler.cudagraph_mark_step_begin()  # what earlier calls returned may be written over
+            torch.compiler.cudagraph_mark_step_begin()  # what earlier calls returned may be overwritten
         try:
-            return quick(x)
+            return compiled_net(x)
         except RuntimeError as e:
             if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -263,7 +288,7 @@ def compiled(net):
 
 
 def _alone(net):
-    "A function with code of its own: torch keeps what it compiled by code object, a few for each, and then gives up."
+    "A function with a code object of its own: torch.compile recompiles one only a few times."
 
     def forward(x):
         return net(x)

@@ -20,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 # %% ../../nbs/engine/09_shared_batch.ipynb #87245c2f
 class Group:
-    "The processes of a job: this one's `rank`, 0 … `size` - 1. By default one process, alone."
+    "The processes of a job, of which this one has `rank`, 0 … `size` - 1. By default there is one process."
 
     def __init__(self, rank=0, size=1):
         self.rank, self.size = rank, size
 
     @property
     def first(self):
+        "Whether this is the process that writes and decides."
         return self.rank == 0
 
     def sum(self, t):
@@ -44,60 +45,64 @@ class Group:
         return found
 
     def on_first(self, work):
-        "What `work()` returns in the first process, in all; where it raises there, all raise. The others wait."
+        "What `work()` returns in the first process, in all of them; the others wait. Where it raises, all raise."
         if self.size == 1:
             return work()
-        said = [None, None]
+        outcome = [None, None]  # what it returned, what it raised
         if self.first:
             try:
-                said[0] = work()
+                outcome[0] = work()
             except Exception as e:
-                said[1] = _sendable(e)
-        dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
-        if said[1] is not None:
-            raise said[1]
-        return said[0]
+                outcome[1] = _sendable(e)
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     @contextmanager
     def locked_by_first(self, context):
-        "Inside, the first process is in `context()`, a lock for instance; the others come in when it is, or raise what it raised."
+        "Inside, the first process holds `context()`, such as a lock; all raise what it raised on entering."
         with ExitStack() as stack:
             self.on_first(lambda: stack.enter_context(context()))
             yield
 
     def check_same(self, facts):
-        "ValueError in all processes where one's `facts` (values by name) are not the first one's."
+        "ValueError in all processes unless all have the same `facts`, values by name."
         everyone = self.gather(facts)
         for rank, there in enumerate(everyone):
             for name, value in everyone[0].items():
                 if there[name] != value:
                     raise ValueError(
-                        f"process {rank} has another {name} than process 0 ({there[name]!r} there, {value!r} here): all must be given the same"
+                        f"process {rank} has another {name} than process 0 ({there[name]!r} there, {value!r} here): "
+                        "all must be given the same"
                     )
 
 
 def _sendable(error):
+    "`error`, or its text where it can't be pickled."
     try:
         pickle.loads(pickle.dumps(error))
         return error
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
-
-_group, _part = Group(), None  # this process's group; its share of the batch that is being computed on
+# %% ../../nbs/engine/09_shared_batch.ipynb #3705c8e0
+_group = Group()  # this process's
+_part = None  # its share of the batch that is being computed on, a `_Part`
 
 
 def current():
-    "The `Group` that this process is in; alone outside of `processes`."
+    "The `Group` that this process is in; one process outside of `processes`."
     return _group
 
-# %% ../../nbs/engine/09_shared_batch.ipynb #143215a7
+
 @contextmanager
 def processes(timeout=3600.0):
-    """Join the processes that torchrun started (on a GPU each where there are GPUs); yields the `Group`. Without torchrun: one, alone.
+    """Join the processes that torchrun started, on a GPU each where there are GPUs; yields the `Group`.
 
-    Leaving waits for all. When a process is killed or fails, torchrun ends the others and names it. `timeout`: seconds to wait for a
-    process that doesn't answer. ValueError for more processes than GPUs.
+    Without torchrun it is a group of one. Leaving waits for all. When a process is killed or fails, torchrun ends the
+    others and names it. `timeout`: seconds to wait for a process that doesn't answer. ValueError for more processes
+    than GPUs.
     """
     global _group
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -113,9 +118,10 @@ def processes(timeout=3600.0):
 
 
 def _join(timeout):
-    "The group of torchrun's environment variables."
-    host, backend = os.environ["MASTER_ADDR"], _pick_backend()
-    # a machine may not know its own name, by which gloo would look for a network
+    "The group that torchrun's environment variables describe."
+    backend = _pick_backend()
+    host = os.environ["MASTER_ADDR"]
+    # gloo looks for a network by the machine's name, which the machine itself may not know
     if host in ("127.0.0.1", "localhost") and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=min(timeout, 300))))
@@ -131,17 +137,18 @@ def _pick_backend():
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if here > gpus:
         raise ValueError(
-            f"{here} processes on a machine with {gpus} GPUs: start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            f"{here} processes on a machine with {gpus} GPUs: start at most {gpus}, "
+            "or set CUDA_VISIBLE_DEVICES= to use the CPU"
         )
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return "cpu:gloo,cuda:nccl"
 
 # %% ../../nbs/engine/09_shared_batch.ipynb #71e0daa4
 def over_processes(net, x):
-    """`net(x)` for inputs `x` (B, …) that every process holds whole: each runs a share of the rows, all get the logits (B, classes) of all.
+    """`net(x)` for inputs `x` (B, …) that all processes hold whole; each runs a share of the rows and gets all logits.
 
-    Batch statistics inside are those of the whole batch. Backward: each process calls it with the same loss, then `sum_gradients`.
-    In one process it is `net(x)`. ValueError for fewer rows than processes.
+    Batch statistics inside are those of the whole batch. Backward: each process calls it with the same loss, then
+    `sum_gradients`. In one process it is `net(x)`. Returns (B, classes). ValueError for fewer rows than processes.
     """
     global _part
     if _group.size == 1:
@@ -161,12 +168,13 @@ def check_rows(rows):
     "ValueError when a batch of `rows` has fewer than one for each process."
     if rows < _group.size:
         raise ValueError(
-            f"a batch of {rows} can't be shared by {_group.size} processes: batch_size and pool_size must be {_group.size} or more"
+            f"a batch of {rows} can't be shared by {_group.size} processes: "
+            f"batch_size and pool_size must be {_group.size} or more"
         )
 
 
 def sum_gradients(parameters):
-    "Add up the gradients of all processes, in place; nothing in one process."
+    "Add up the gradients of all processes, in place; does nothing in one process."
     if _group.size == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -174,9 +182,9 @@ def sum_gradients(parameters):
     for g, piece in zip(grads, whole.split([g.numel() for g in grads])):
         g.copy_(piece.view(g.shape))
 
-
+# %% ../../nbs/engine/09_shared_batch.ipynb #02aabd6e
 class _Rows(torch.autograd.Function):
-    "All rows from everyone's share. A sum with zeros elsewhere: exact, and every backend can do it."
+    "All rows, from each process's share: a sum, with zeros elsewhere. It is exact, and every backend can do it."
 
     @staticmethod
     def forward(ctx, z, part):
@@ -204,7 +212,7 @@ class _Sum(torch.autograd.Function):
 
 # %% ../../nbs/engine/09_shared_batch.ipynb #43947176
 def in_shared_batch():
-    "Whether what is being computed is a share of a batch."
+    "Whether this process is computing on its share of a batch."
     return _part is not None
 
 
@@ -216,15 +224,16 @@ def whole_batch_moments(mean, var, count):
     if _part is None:
         return mean, var, count
     m, v = mean.double(), var.double()
-    sums = torch.cat((count * torch.stack((m, v + m * m)), torch.full_like(m[None], count)))
+    sums = torch.cat((count * torch.stack((m, v + m * m)), torch.full_like(m[None], count)))  # of x, of x², of 1
     sums = _Sum.apply(sums, _part.group)
     total = sums[2, 0]
     m = sums[0] / total
-    return m.to(mean.dtype), (sums[1] / total - m * m).clamp_min(0).to(var.dtype), total.detach()
+    v = (sums[1] / total - m * m).clamp_min(0)
+    return m.to(mean.dtype), v.to(var.dtype), total.detach()
 
-
+# %% ../../nbs/engine/09_shared_batch.ipynb #722cd248
 class _BatchNorm(torch.autograd.Function):
-    "Normalisation by statistics `mean`, `var` of `count` elements a channel in all processes, of which `x` is a share."
+    "Normalisation of a share `x` by the whole batch's `mean` and `var`, of `count` elements a channel."
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, count, eps, group):
@@ -236,7 +245,6 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, mean, var, count = ctx.saved_tensors
         w = weight if weight is not None else torch.ones_like(mean)
-        # as if the statistics were constants; then what runs through them, an affine map of x a channel
         dx, dw, db = torch.ops.aten.native_batch_norm_backward(
             dy, x, w, mean, var, None, None, False, ctx.eps, [True] * 3
         )
@@ -246,19 +254,23 @@ class _BatchNorm(torch.autograd.Function):
         shape = [1, -1] + [1] * (x.dim() - 2)
         shift = (w * rstd * of_dy - slope * mean).to(mean.dtype).view(shape)
         dx = (dx - torch.addcmul(shift, x, slope.to(mean.dtype).view(shape))).to(x.dtype)
-        return (dx, dw if ctx.needs_input_grad[1] else None, db if ctx.needs_input_grad[2] else None) + (None,) * 5
+        if not ctx.needs_input_grad[1]:
+            dw = None
+        if not ctx.needs_input_grad[2]:
+            db = None
+        return dx, dw, db, None, None, None, None, None
 
 
 def _batch_norm(
     part, func, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
+    "`F.batch_norm`, by the whole batch's statistics where it would take those of its input."
     if not training:
         return func(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    with torch.no_grad():  # the gradients through the statistics are _BatchNorm's business
+    with torch.no_grad():  # the gradients through the statistics are computed by _BatchNorm
         exact = x if x.dtype == torch.float64 else x.float()
-        mean, var, count = whole_batch_moments(
-            *torch.batch_norm_update_stats(exact, None, None, 0.0), x.numel() // x.shape[1]
-        )
+        mean, var = torch.batch_norm_update_stats(exact, None, None, 0.0)
+        mean, var, count = whole_batch_moments(mean, var, x.numel() // x.shape[1])
         if running_mean is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
@@ -266,6 +278,7 @@ def _batch_norm(
 
 # %% ../../nbs/engine/09_shared_batch.ipynb #13872028
 def _dropout(part, func, x, p=0.5, training=True, inplace=False):
+    "`F.dropout` and its like, with the mask that one process would have drawn for these rows."
     rows = part.rows_like(x)
     if not training or p == 0 or rows is None:
         return func(x, p, training, inplace)
@@ -274,14 +287,20 @@ def _dropout(part, func, x, p=0.5, training=True, inplace=False):
 
 
 def _bernoulli(part, func, t, *args, **kw):
+    "`Tensor.bernoulli_`, by which timm draws stochastic depth."
     rows = part.rows_like(t)
-    return func(t, *args, **kw) if rows is None else t.copy_(func(part.blank(t), *args, **kw)[rows])
+    if rows is None:
+        return func(t, *args, **kw)
+    return t.copy_(func(part.blank(t), *args, **kw)[rows])
 
 
 def _attention(part, func, *args, **kw):
-    if (args[4] if len(args) > 4 else kw.get("dropout_p", 0)) > 0:
+    "`F.scaled_dot_product_attention`, whose own dropout can't be drawn for other rows."
+    dropout = args[4] if len(args) > 4 else kw.get("dropout_p", 0)
+    if dropout > 0:
         raise ValueError(
-            "dropout inside a fused attention can't be shared by several processes: set the network's attention dropout to 0, or use one process"
+            "dropout inside a fused attention can't be shared by several processes: "
+            "set the network's attention dropout to 0, or use one process"
         )
     return func(*args, **kw)
 
@@ -296,28 +315,33 @@ _INSTEAD = {
     F.scaled_dot_product_attention: _attention,
 }
 
-
+# %% ../../nbs/engine/09_shared_batch.ipynb #f92750a0
 class _Part(TorchFunctionMode):
-    "This process's share of a batch of `total` rows, rows `mine`; inside, calls that look at a batch look at the whole one."
+    "This process's share of a batch of `total` rows, rows `mine`; inside, batch statistics are the whole batch's."
 
     def __init__(self, group, total):
         super().__init__()
         self.group, self.total = group, total
-        self.mine = slice(*(total * r // group.size for r in (group.rank, group.rank + 1)))
+        self.mine = slice(total * group.rank // group.size, total * (group.rank + 1) // group.size)
         self.count = self.mine.stop - self.mine.start
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         instead = _INSTEAD.get(func)
-        return func(*args, **(kwargs or {})) if instead is None else instead(self, func, *args, **(kwargs or {}))
+        if instead is None:
+            return func(*args, **(kwargs or {}))
+        return instead(self, func, *args, **(kwargs or {}))
 
     def rows_like(self, t):
-        "Where the rows of `t` are among those of the whole batch, of which there may be several an input (windows); None for no rows."
+        "The rows of `t` among those of the whole batch, a slice; None where `t` has no rows of a batch."
+        # an input may have several rows: Swin's windows
         if t.dim() == 0 or t.shape[0] % self.count:
             return None
         each = t.shape[0] // self.count
         return slice(each * self.mine.start, each * self.mine.stop)
 
     def blank(self, t):
-        "An uninitialised tensor like `t` for the whole batch, with its order in memory, in which masks are drawn."
+        "An uninitialised tensor like `t` for the whole batch: masks are drawn in its order in memory."
         whole = t.new_empty(t.shape[0] // self.count * self.total, *t.shape[1:])
-        return whole if t.is_contiguous() or t.dim() != 4 else whole.contiguous(memory_format=torch.channels_last)
+        if t.is_contiguous() or t.dim() != 4:
+            return whole
+        return whole.contiguous(memory_format=torch.channels_last)

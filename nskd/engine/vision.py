@@ -12,7 +12,7 @@ import torch
 
 # %% ../../nbs/engine/02_vision.ipynb #9974bc5d
 def _import_torchvision():
-    "torchvision; without its compiled operators where they don't fit the installed torch."
+    "The torchvision module; without its compiled operators where these don't fit the installed torch."
     try:
         import torchvision
     except RuntimeError as error:
@@ -25,7 +25,7 @@ def _import_torchvision():
             schemas.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
 
-        torchvision._nskd_schemas = schemas  # collected, it would take the declarations back
+        torchvision._nskd_schemas = schemas  # kept alive: a Library that is collected takes its declarations back
     return torchvision
 
 # %% ../../nbs/engine/02_vision.ipynb #a81c2fa6

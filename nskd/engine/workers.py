@@ -7,6 +7,7 @@ __all__ = ['pick_workers', 'run_parallel', 'run_within', 'note_unfinished']
 
 # %% ../../nbs/engine/08_workers.ipynb #29f2a7bc
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import connection, get_context, parent_process
 from threading import Thread
@@ -17,9 +18,75 @@ from tqdm import tqdm
 from .hardware import environment, pick_device, threads
 from .runs import Unfinished
 
-# %% ../../nbs/engine/08_workers.ipynb #f4c0d295
-def _init_worker(threads):
-    torch.set_num_threads(threads)
+# %% ../../nbs/engine/08_workers.ipynb #0a1b0cad
+def pick_workers(workers, device, n):
+    "How many processes for `n` cells: as asked, at most `n`; `auto` is one a core on a CPU, and one in all on a GPU."
+    if workers == "auto":
+        workers = 1 if pick_device(device).type == "cuda" else _cores()
+    return max(1, min(workers, n))
+
+
+def _cores():
+    "The cores that this process may use, where the system says so."
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+# %% ../../nbs/engine/08_workers.ipynb #a4f07d53
+def run_parallel(function, items, workers, desc="cells"):
+    """`[function(item) for item in items]` in `workers` processes, with a progress bar; results in that order.
+
+    One thread each, in this process too when `workers` is 1 or `function` is a notebook's own, so that results don't
+    depend on `workers`. When an item fails in another process the rest still finish (and stay in the cache), then the
+    first error is raised.
+    """
+    items = list(items)
+    with tqdm(total=len(items), desc=desc, mininterval=0.5, smoothing=0) as bar:
+        if workers == 1 or not _can_be_imported(function):
+            return _run_here(function, items, bar)
+        return _run_in_pool(function, items, workers, bar)
+
+
+def _can_be_imported(function):
+    "Whether another process finds `function`, by the names of its module and its own."
+    module = sys.modules.get(function.__module__)
+    return hasattr(module, "__file__") and getattr(module, function.__name__, None) is function
+
+
+def _run_here(function, items, bar):
+    results = []
+    with threads(1):
+        for item in items:
+            results.append(function(item))
+            bar.update()
+    return results
+
+
+def _run_in_pool(function, items, workers, bar):
+    results, error = {}, None
+    # processes are spawned: a forked child would inherit locked OpenMP state
+    with (
+        environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"),
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_init_worker) as pool,
+    ):
+        futures = {pool.submit(function, item): i for i, item in enumerate(items)}
+        try:
+            for future in as_completed(futures):
+                try:
+                    results[futures[future]] = future.result()
+                except Exception as e:
+                    error = error or e
+                bar.update()
+        except BaseException:  # Ctrl-C, a stopped notebook: don't start the rest
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if error:
+        raise error
+    return [results[i] for i in range(len(items))]
+
+
+def _init_worker():
+    torch.set_num_threads(1)
     Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -28,53 +95,21 @@ def _end_with_parent():
     connection.wait([parent_process().sentinel])
     os._exit(1)
 
+# %% ../../nbs/engine/08_workers.ipynb #ea909843
+def run_within(budget, function, items, workers="auto", device="auto", desc="cells"):
+    """`function(item, budget_seconds=…)` for all items, side by side, each with what is then left of the `Budget`.
 
-def pick_workers(workers, device, n):
-    "How many processes for `n` cells: as asked, else one a core on a CPU and one in all on a GPU."
-    if workers != "auto":
-        return max(1, min(workers, n))
-    if pick_device(device).type == "cuda" or "IN_TEST" in os.environ:
-        return 1
-    return max(1, min(n, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
-
-
-def run_parallel(function, items, workers, desc="cells"):
-    """`[function(item) for item in items]` in `workers` processes, with a progress bar; results in the order of `items`.
-
-    One thread each, in this process too when `workers` is 1, so that results don't depend on `workers`. When an item
-    fails the others still finish (and stay in the cache), then the first error is raised.
+    A list in the order of `items`: results, or a text that says how far it got for an item that was
+    `nskd.engine.runs.Unfinished`.
     """
-    items, results, error = list(items), {}, None
-    with tqdm(total=len(items), desc=desc, mininterval=0.5, smoothing=0) as bar:
-        if workers == 1:
-            with threads(1):
-                for i, item in enumerate(items):
-                    results[i] = function(item)
-                    bar.update()
-            return [results[i] for i in range(len(items))]
-        # spawn: a forked child would inherit locked OpenMP state
-        with (
-            environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"),
-            ProcessPoolExecutor(
-                workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(1,)
-            ) as pool,
-        ):
-            futures = {pool.submit(function, item): i for i, item in enumerate(items)}
-            try:
-                for future in as_completed(futures):
-                    try:
-                        results[futures[future]] = future.result()
-                    except Exception as e:
-                        error = error or e
-                    bar.update()
-            except BaseException:  # Ctrl-C, a stopped notebook: don't start the rest
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    if error:
-        raise error
-    return [results[i] for i in range(len(items))]
+    items = list(items)
+    budget.left()  # the clock starts here, for all processes
+    workers = pick_workers(workers, device, len(items))
+    if not _can_be_imported(function):
+        workers = 1
+    return run_parallel(_in_time, [(function, item, budget) for item in items], workers, desc=desc)
 
-# %% ../../nbs/engine/08_workers.ipynb #4d5e6afa
+
 def _in_time(job):
     "`function(item)` with the seconds that are left, or in words how far it got."
     function, item, budget = job
@@ -84,19 +119,8 @@ def _in_time(job):
         return str(e)
 
 
-def run_within(budget, function, items, workers="auto", device="auto", desc="cells"):
-    """`function(item, budget_seconds=…)` for all items, side by side, each with what is then left of the `Budget`.
-
-    A list in the order of `items`: results, and in words how far it got for each that was `nskd.engine.runs.Unfinished`.
-    """
-    budget.left()  # the clock starts here, for all processes
-    return run_parallel(
-        _in_time, [(function, i, budget) for i in items], pick_workers(workers, device, len(items)), desc=desc
-    )
-
-
 def note_unfinished(budget, found):
-    "Put the names among (name, result or how far it got) that are not finished into `budget.lacks`, and print them."
+    "Print the unfinished among `found`, pairs (name, result or how far it got), and add them to `budget.lacks`."
     lacks = [f"{name} ({far})" for name, far in found if isinstance(far, str)]
     if lacks:
         print(f"unfinished: {len(lacks)} of {len(found)}, which the next run goes on with: {'; '.join(lacks)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 # %% ../../nbs/experiments/10_readme.ipynb #3391212a
 def _from_root(target, folder):
     "The link `target`, valid in `folder`, as it reads from the folder above."
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|[/#]", target):
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|[/#]", target):  # an address, an absolute path, an anchor
         return target
     path, mark, anchor = target.partition("#")
     path = posixpath.normpath(posixpath.join(folder, path))
@@ -26,26 +26,42 @@ def _from_root(target, folder):
 
 # %% ../../nbs/experiments/10_readme.ipynb #70f788e0
 _CODE = re.compile(
-    r"^ {0,3}(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)"
-    r"|(?<!`)(?P<ticks>`+)(?!`)[^\n]*?(?<!`)(?P=ticks)(?!`)",
-    re.M | re.S,
+    r"""
+    ^[ ]{0,3}(?P<fence>`{3,}|~{3,})[^\n]*\n     # a fence, and what follows it on the line
+    .*?(?:^[ ]{0,3}(?P=fence)[`~]*[ \t]*$|\Z)   # up to the same fence, or the end
+    | (?<!`)(?P<ticks>`+)(?!`)[^\n]*?(?<!`)(?P=ticks)(?!`)     # or inline code, in as many ticks at both ends
+    """,
+    re.MULTILINE | re.DOTALL | re.VERBOSE,
 )
-_LINK = re.compile(r"(?P<before>\]\(<?|^ {0,3}\[[^\]\n]+\]: *<?|\b(?:src|href)=[\"'])(?P<target>[^\s)>\"']+)", re.M)
+_LINK = re.compile(
+    r"""
+    (?P<before>
+      \]\(<?                        # [text](target) and [text](<target>)
+      | ^[ ]{0,3}\[[^\]\n]+\]:[ ]*<?     # [name]: target
+      | \b(?:src|href)=["']          # HTML
+    )
+    (?P<target>[^\s)>"']+)
+    """,
+    re.MULTILINE | re.VERBOSE,
+)
 
 
 def _outside_code(text, change):
     "`text` with `change` applied to all of it but fenced and inline code."
-    done, at = [], 0
+    parts, end = [], 0
     for code in _CODE.finditer(text):
-        done += [change(text[at : code.start()]), code[0]]
-        at = code.end()
-    return "".join(done + [change(text[at:])])
+        parts += [change(text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, change(text[end:])])
 
 
 def _relink(text, folder):
     "Markdown `text` of `folder`, its links as they read from the folder above."
-    moved = lambda part: _LINK.sub(lambda m: m["before"] + _from_root(m["target"], folder), part)
-    return _outside_code(text, moved)
+
+    def moved(link):
+        return link["before"] + _from_root(link["target"], folder)
+
+    return _outside_code(text, lambda part: _LINK.sub(moved, part))
 
 # %% ../../nbs/experiments/10_readme.ipynb #16991357
 _FRONT_MATTER = re.compile(r"\A\s*---\n.*?\n---\s*\Z", re.S)
@@ -59,58 +75,45 @@ _HIDES = {
 
 def _shown(cell, folder):
     "`cell` as a reader of the README sees it, or None."
-    lines = cell.source.splitlines()
-    said = {re.sub(r"\s*:\s*", ": ", m["text"]) for m in map(_DIRECTIVE.match, lines) if m}
-    if said & _HIDES["cell"] or cell.cell_type == "raw" and _FRONT_MATTER.match(cell.source):
+    said = _directives(cell)
+    if said & _HIDES["cell"] or (cell.cell_type == "raw" and _FRONT_MATTER.match(cell.source)):
         return None
     if cell.cell_type != "code":
         if "attachments" in cell:
             raise ValueError("a picture is attached to a cell: save it under outputs/published and link it")
         cell.source = _relink(cell.source, folder)
         return cell
-    cell.source = "\n".join(line for line in lines if not _DIRECTIVE.match(line)).strip("\n")
-    if said & _HIDES["input"]:
-        cell.source = ""
+    cell.source = "" if said & _HIDES["input"] else _without_directives(cell.source)
     cell.outputs = [] if said & _HIDES["output"] else [o for o in cell.outputs if o.get("name") != "stderr"]
     for output in cell.outputs:
-        data = output.get("data", {})
-        if any(kind.startswith("image/") for kind in data):
-            raise ValueError(
-                f"an output is a picture (cell {cell.source[:40]!r}): save it under outputs/published and link it"
-            )
-        if "text/html" in data:
-            data["text/html"] = re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.S)
-        for kind in {"text/html", "text/markdown"} & set(data):
-            data[kind] = _relink(data[kind], folder)
+        _show_output(output, cell, folder)
     return cell if cell.source or cell.outputs else None
 
-# %% ../../nbs/experiments/10_readme.ipynb #803dc3f6
-def markdown_contents(nbs, first=()):
-    """The notebooks below the folder `nbs` as Markdown tables, a folder each (`CONTENTS`): name (a link, as it reads from that folder) and what it is about.
 
-    `first`: names (without .ipynb) to begin with, in bold. ValueError for a name that is not there.
-    """
-    nbs, parts = Path(nbs), []
-    for title, folder in CONTENTS.items():
-        there = [p for p in sorted((nbs / folder).glob("*.ipynb")) if p.stem != "index"]
-        rows = [_row(p, nbs, first) for p in there]
-        if rows:
-            parts.append(
-                "\n".join(
-                    [
-                        f"<details>\n<summary>{title}</summary>\n",
-                        "| notebook | what it is about |",
-                        "| --- | --- |",
-                        *rows,
-                        "\n</details>",
-                    ]
-                )
-            )
-    if lost := set(first) - {p.stem for p in nbs.rglob("*.ipynb")}:
-        raise ValueError(f"there is no notebook {sorted(lost)[0]}")
-    return "\n\n".join(parts)
+def _directives(cell):
+    "What the directive lines of a cell say, such as hide, or echo: false."
+    found = map(_DIRECTIVE.match, cell.source.splitlines())
+    return {re.sub(r"\s*:\s*", ": ", match["text"]) for match in found if match}
 
 
+def _without_directives(source):
+    return "\n".join(line for line in source.splitlines() if not _DIRECTIVE.match(line)).strip("\n")
+
+
+def _show_output(output, cell, folder):
+    "Links moved and styles dropped, in place; ValueError for a picture."
+    data = output.get("data", {})
+    if any(kind.startswith("image/") for kind in data):
+        raise ValueError(
+            f"an output is a picture (cell {cell.source[:40]!r}): save it under outputs/published and link it"
+        )
+    if "text/html" in data:
+        data["text/html"] = re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.DOTALL)
+    for kind in ("text/html", "text/markdown"):
+        if kind in data:
+            data[kind] = _relink(data[kind], folder)
+
+# %% ../../nbs/experiments/10_readme.ipynb #c3e159c2
 CONTENTS = {
     "Tables, figures and studies": ".",
     "The method, chapter by chapter": "method",
@@ -127,25 +130,43 @@ CONTENTS = {
 }
 
 
+def markdown_contents(nbs, first=()):
+    """The notebooks below the folder `nbs` as Markdown tables, one for each folder in `CONTENTS`.
+
+    Columns: name (a link, as it reads from `nbs`) and what it is about. `first`: names (without .ipynb) that stand in
+    bold. ValueError for a name that is not there.
+    """
+    nbs = Path(nbs)
+    if lost := set(first) - {p.stem for p in nbs.rglob("*.ipynb")}:
+        raise ValueError(f"there is no notebook {sorted(lost)[0]}")
+    parts = []
+    for title, folder in CONTENTS.items():
+        there = [p for p in sorted((nbs / folder).glob("*.ipynb")) if p.stem != "index"]
+        if there:
+            head = ["<details>", f"<summary>{title}</summary>", "", "| notebook | what it is about |", "| --- | --- |"]
+            parts.append("\n".join([*head, *(_row(p, nbs, first) for p in there), "", "</details>"]))
+    return "\n\n".join(parts)
+
+
 def _row(path, nbs, first):
-    bold = "**" * (path.stem in first)
-    return f"| {bold}[{path.stem}]({path.relative_to(nbs).as_posix()}){bold} | {_title(json.loads(path.read_text(encoding='utf-8')))} |"
+    bold = "**" if path.stem in first else ""
+    about = _title(json.loads(path.read_text(encoding="utf-8")))
+    return f"| {bold}[{path.stem}]({path.relative_to(nbs).as_posix()}){bold} | {about} |"
 
 
 def _title(notebook):
     "What a notebook says of itself: its quotation, or its heading."
     lines = "".join(notebook["cells"][0]["source"]).splitlines()
-    said = [line.lstrip("> ").strip() for line in lines if line.startswith(">")]
-    return " ".join(said) if said else lines[0].lstrip("# ").strip()
+    quotation = [line.lstrip("> ").strip() for line in lines if line.startswith(">")]
+    return " ".join(quotation) if quotation else lines[0].lstrip("# ").strip()
 
 # %% ../../nbs/experiments/10_readme.ipynb #4f092b4a
 def render_readme(index) -> str:
     """README.md's text, from the notebook `index`.
 
     Hidden cells, directive lines, front matter and stderr are left out; other outputs are kept; relative links are
-    rewritten to be right one folder up, where README.md lies. The notebook is not run.
-    Errors: FileNotFoundError where there is no such notebook; ValueError for a link out of the repository and for an
-    embedded picture.
+    rewritten to be right one folder up, where README.md is. The notebook is not run. FileNotFoundError where there is
+    no such notebook; ValueError for a link out of the repository and for an embedded picture.
     """
     import nbformat
     from nbconvert import MarkdownExporter
@@ -153,26 +174,27 @@ def render_readme(index) -> str:
 
     index = Path(index).resolve()
     notebook = nbformat.read(index, as_version=4)
-    notebook.cells = [shown for cell in notebook.cells if (shown := _shown(cell, index.parent.name)) is not None]
+    shown = [_shown(cell, index.parent.name) for cell in notebook.cells]
+    notebook.cells = [cell for cell in shown if cell is not None]
     notebook.metadata["language_info"] = {"name": "python"}  # else the code blocks don't say which language
     kinds = ["text/markdown", "text/html", "text/latex", "text/plain"]
     exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": kinds}}))
     text = exporter.from_notebook_node(notebook)[0]
     text = re.sub(r"```python\s*```\n*", "", text)  # cells of which only the output is shown
-    # A block that prints nothing leaves empty lines behind; inside code they mean something.
+    # a block that prints nothing leaves empty lines behind; inside code they mean something
     text = _outside_code(text, lambda part: re.sub(r"\n\s*\n", "\n\n", part))
     source = f"{index.parent.name}/{index.name}"
-    return f"<!-- Made from {source} by `python -m nskd.experiments.readme`. Change the notebook, not this file. -->\n\n{text.strip()}\n"
+    note = f"<!-- Made from {source} by `python -m nskd.experiments.readme`. Change the notebook, not this file. -->"
+    return f"{note}\n\n{text.strip()}\n"
 
 # %% ../../nbs/experiments/10_readme.ipynb #b0304732
 def main(argv=None) -> int:
-    "`python -m nskd.experiments.readme [--check]`: write README.md, or say whether it is up to date. Returns the exit status."
+    "`python -m nskd.experiments.readme [--check]`: write README.md, or compare it; returns the exit status."
     parser = argparse.ArgumentParser(
         prog="python -m nskd.experiments.readme", description="Make README.md from the front page notebook."
     )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if README.md is not up to date"
-    )
+    about_check = "write nothing; exit with 1 if README.md is not up to date"
+    parser.add_argument("--check", action="store_true", help=about_check)
     check = parser.parse_args(argv).check
     from nbdev.config import get_config
 
@@ -183,19 +205,17 @@ def main(argv=None) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(f"README.md can't be made: {error}", file=sys.stderr)
         return 1
-    # Bytes, so that no platform's line ends make two equal pages differ.
+    # bytes, so that no platform's line ends make two equal pages differ
     if readme.exists() and readme.read_bytes() == text.encode():
         return 0
     if check:
-        print(
-            f"README.md is not what {index.name} says: run `python -m nskd.experiments.readme` and commit it.",
-            file=sys.stderr,
-        )
+        command = "run `python -m nskd.experiments.readme` and commit it"
+        print(f"README.md is not what {index.name} says: {command}.", file=sys.stderr)
         return 1
     readme.write_bytes(text.encode())
     print(f"wrote {readme}")
     return 0
 
-# %% ../../nbs/experiments/10_readme.ipynb #53d8410e
+
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

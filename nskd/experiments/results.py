@@ -20,44 +20,23 @@ from .report import lacking, markdown_claims, markdown_table, so_far
 
 # %% ../../nbs/experiments/06_results.ipynb #0806f8e2
 def results_dir():
-    "Where `write_results` puts a table's folder: `$NSKD_RESULTS` (jobs of a grid, see `nskd.experiments.grid`), or `outputs_dir()`."
+    "Where `write_results` puts a table's folder: `$NSKD_RESULTS` (set for the jobs of a grid), or `outputs_dir()`."
     return Path(os.environ.get("NSKD_RESULTS") or outputs_dir())
 
 
 def write_results(name, parameters, records, table, claims, figure=None):
-    """Write a table's results to outputs/<name>/ (digits) or outputs/<name>-<dataset>/; a DataFrame of files and what they hold.
+    """Write a table's results to outputs/<name>/ (digits) or outputs/<name>-<dataset>/; a DataFrame of the files.
 
-    records.csv (one row a cell, or a measurement), table.csv, claims.json, summary.md (both as text), results.json (parameters and
-    provenance), figure.png.
+    records.csv (one row a cell, or a measurement), table.csv, claims.json, summary.md (both as text), results.json
+    (parameters and provenance), figure.png.
     """
-    dataset = getattr(parameters, "dataset", "digits")
-    if not dataset.startswith("digits"):
-        name = f"{name}-{re.sub('[^A-Za-z0-9]+', '-', os.path.basename(dataset)).strip('-')}"
-    directory = results_dir() / name
-    claims, lacks, tidy = so_far(claims, parameters), lacking(parameters), records
-    if "directory" in records:
-        tidy = records.assign(
-            directory=[os.path.relpath(d, outputs_dir()) if isinstance(d, str) else d for d in records.directory]
-        )
-    write_bytes(directory / "records.csv", tidy.round(4).to_csv(index=False).encode())
+    directory = results_dir() / _folder_name(name, getattr(parameters, "dataset", "digits"))
+    claims, lacks = so_far(claims, parameters), lacking(parameters)
+    write_bytes(directory / "records.csv", _tidy(records).round(4).to_csv(index=False).encode())
     write_bytes(directory / "table.csv", table.to_csv().encode())
-    note = f"**unfinished**, these are lacking: {'; '.join(lacks)}\n\n" if lacks else ""
-    write_bytes(directory / "summary.md", f"{note}{markdown_table(table)}\n\n{markdown_claims(claims)}\n".encode())
+    write_bytes(directory / "summary.md", _summary(table, claims, lacks).encode())
     write_json(directory / "claims.json", claims)
-    spent = (
-        {"seconds_of_all_students": float(records.drop_duplicates("directory").seconds.sum())}
-        if "directory" in records
-        else {}
-    )
-    write_json(
-        directory / "results.json",
-        {
-            "parameters": parameters.model_dump(),
-            "provenance": provenance(pick_device(parameters.device)),
-            **spent,
-            **({"unfinished": lacks} if lacks else {}),
-        },
-    )
+    write_json(directory / "results.json", _about(parameters, records, lacks))
     files = {
         "records.csv": "one row a cell or a measurement",
         "table.csv": "the table above",
@@ -69,11 +48,42 @@ def write_results(name, parameters, records, table, claims, figure=None):
         save_figure(figure, directory / "figure.png")
         files["figure.png"] = "the picture above"
     shown = os.path.relpath(directory, repo_root()) if directory.is_relative_to(repo_root()) else directory
-    return pd.DataFrame([(f"{shown}/{f}", what) for f, what in files.items()], columns=["file", "what"])
+    return pd.DataFrame([(f"{shown}/{file}", what) for file, what in files.items()], columns=["file", "what"])
+
+
+def _folder_name(name, dataset):
+    "`name`, with the dataset's where it isn't the digits."
+    if dataset.startswith("digits"):
+        return name
+    slug = re.sub("[^A-Za-z0-9]+", "-", os.path.basename(dataset)).strip("-")
+    return f"{name}-{slug}"
+
+
+def _tidy(records):
+    "Records with the runs' directories as they read from outputs/: this machine's paths are nobody's business."
+    if "directory" not in records:
+        return records
+    short = [os.path.relpath(d, outputs_dir()) if isinstance(d, str) else d for d in records.directory]
+    return records.assign(directory=short)
+
+
+def _summary(table, claims, lacks):
+    note = f"**unfinished**, these are lacking: {'; '.join(lacks)}\n\n" if lacks else ""
+    return f"{note}{markdown_table(table)}\n\n{markdown_claims(claims)}\n"
+
+
+def _about(parameters, records, lacks):
+    "Parameters, provenance, and the time that all students took."
+    about = {"parameters": parameters.model_dump(), "provenance": provenance(pick_device(parameters.device))}
+    if "directory" in records:
+        about["seconds_of_all_students"] = float(records.drop_duplicates("directory").seconds.sum())
+    if lacks:
+        about["unfinished"] = lacks
+    return about
 
 # %% ../../nbs/experiments/06_results.ipynb #bb074818
 def publish(name, tier, notebook=None):
-    "Copy the results of table `name`, and its executed `notebook`, to outputs/published/<tier>/<name>/; the files written."
+    "Copy a table's results, and its executed `notebook`, to outputs/published/<tier>/<name>/; the names of the files."
     source, target = outputs_dir() / name, outputs_dir() / "published" / tier / name
     files = [f for f in sorted(source.glob("*")) if f.suffix in (".csv", ".json", ".png", ".md")]
     if not files:
@@ -85,15 +95,20 @@ def publish(name, tier, notebook=None):
     return sorted(p.name for p in target.iterdir())
 
 
+_NOTEBOOK_LINK = re.compile(r"\]\((?![a-z]+:|/|#)([^)\s]+\.ipynb(?:#[^)]*)?)\)")
+
+
 def _as_published(notebook):
-    "The executed notebook without progress bars and warnings, which on a page are a hundred lines of nothing, without this machine's paths, and with links that hold where it lies."
+    """The executed notebook as bytes, fit to be read where it is published.
+
+    Without progress bars and warnings, which fill a page with nothing, without this machine's paths, and with links to
+    other notebooks that hold from outputs/published/<tier>/<name>/.
+    """
     import nbformat
 
     nb = nbformat.read(notebook, as_version=4)
     about = nb.metadata.get("papermill", {})
-    folder = (
-        Path(about.get("input_path") or "").parent.as_posix().rpartition("nbs")[2].strip("/")
-    )  # of the notebook, below nbs/
+    folder = _folder_in_nbs(about.get("input_path") or "")
 
     def moved(link):
         return f"](../../../../{os.path.normpath(os.path.join('nbs', folder, link[1]))})"
@@ -102,13 +117,16 @@ def _as_published(notebook):
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         else:
-            cell.source = re.sub(
-                r"\]\((?![a-z]+:|/|#)([^)\s]+\.ipynb(?:#[^)]*)?)\)", moved, cell.source
-            )  # links to other notebooks, from where the copy lies
+            cell.source = _NOTEBOOK_LINK.sub(moved, cell.source)
     for key in ("input_path", "output_path"):
         if about.get(key):
             about[key] = os.path.basename(about[key])
     return nbformat.writes(nb).replace(str(outputs_dir().resolve()), "outputs").encode()
+
+
+def _folder_in_nbs(path):
+    "The folder of a notebook, as it reads from nbs/."
+    return Path(path).parent.as_posix().rpartition("nbs")[2].strip("/")
 
 
 def read_table(directory):
@@ -117,11 +135,11 @@ def read_table(directory):
 
 # %% ../../nbs/experiments/06_results.ipynb #3d3f3e36
 def newest_summary():
-    "Path and text of the summary that was written last; ValueError where there is none."
+    "(path, text) of the summary that was written last; ValueError where there is none."
     found = sorted(outputs_dir().glob("*/summary.md"), key=lambda f: f.stat().st_mtime)
     if not found:
         raise ValueError(f"there are no results in {outputs_dir()} yet")
-    return found[-1], found[-1].read_text()
+    return found[-1], found[-1].read_text(encoding="utf-8")
 
 # %% ../../nbs/experiments/06_results.ipynb #1610deea
 if __name__ == "__main__" and "__file__" in globals():

@@ -26,136 +26,164 @@ def claim(id, statement, source, holds, evidence):
     `holds`: True, False, or None for inconclusive. `statement` in our words, `source` its place in the paper,
     `evidence` JSON-like, the numbers that decided.
     """
-    if holds not in (True, False, None):
+    if holds is None:
+        verdict = "inconclusive"
+    elif holds in (True, False):
+        verdict = "holds" if holds else "fails"
+    else:
         raise ValueError(f"holds must be True, False or None, not {holds!r}")
-    verdict = "inconclusive" if holds is None else "holds" if holds else "fails"
     return {"id": id, "statement": statement, "source": source, "verdict": verdict, "evidence": as_json(evidence)}
 
-
+# %% ../../nbs/experiments/04_statistics.ipynb #9ff5dd95
 def claim_rows(prefix, source, rows):
-    """Claims from a list with one statement a row: (id, statement, (verdict, evidence)), and at its end, where it differs, the source.
+    """Claims from rows (id, statement, (holds, evidence)), each with a source of its own at the end if it has one.
 
-    `prefix`: of all ids, such as "table5". `source`: the place in the paper.
+    `prefix`: of all ids, such as "table5". `source`: the place in the paper of the rows without one.
     """
-    return [
-        claim(f"{prefix}.{id}", statement, own[0] if own else source, *judged) for id, statement, judged, *own in rows
-    ]
+    claims = []
+    for id, statement, judged, *own_source in rows:
+        claims.append(claim(f"{prefix}.{id}", statement, *(own_source or [source]), *judged))
+    return claims
 
 # %% ../../nbs/experiments/04_statistics.ipynb #57a7e36a
 def mean_se(values):
     "Mean and standard error of a sequence; the error is NaN for a single value, both are for none."
     v = np.asarray(values, float)
-    return v.mean() if len(v) else np.nan, v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else np.nan
+    if not len(v):
+        return np.nan, np.nan
+    return v.mean(), stats.sem(v) if len(v) > 1 else np.nan
 
 
 def interval(values, confidence=0.95):
     "Mean, t-interval and effect size (mean over standard deviation) of per-seed values: a JSON-like dict."
     v = np.asarray(values, float)
     mean, se = mean_se(v)
-    low, high = (
-        (mean, mean)
-        if se == 0
-        else stats.t.interval(confidence, len(v) - 1, mean, se)
-        if len(v) > 1
-        else (np.nan, np.nan)
-    )
-    return {
-        "n": len(v),
-        "mean": mean,
-        "low": low,
-        "high": high,
-        "effect_size": mean / v.std(ddof=1) if len(v) > 1 and se > 0 else None,
-        "values": v.tolist(),
-    }
+    low, high, effect_size = np.nan, np.nan, None
+    if se == 0:
+        low = high = mean
+    elif len(v) > 1:
+        low, high = stats.t.interval(confidence, len(v) - 1, mean, se)
+        effect_size = mean / v.std(ddof=1) if se > 0 else None  # no number where a value is NaN
+    return {"n": len(v), "mean": mean, "low": low, "high": high, "effect_size": effect_size, "values": v.tolist()}
 
-
+# %% ../../nbs/experiments/04_statistics.ipynb #62083134
 MIN_SEEDS = 5
 
 
 def judge(values, above=None, below=None, unit=""):
-    """Whether per-seed `values` lie above (or below) a threshold: True, False, or None where the interval contains it.
+    """Whether per-seed `values` lie above (or below) a threshold: True, False, or None if the interval contains it.
 
-    Returns (verdict, evidence). Fewer than `MIN_SEEDS` seeds decide nothing. The interval is that of `interval`; `unit`: of
-    the values, for display, such as "points" (differences of percentages).
+    Returns (verdict, evidence). Fewer than `MIN_SEEDS` seeds decide nothing. The interval is that of `interval`;
+    `unit`: of the values, for display, such as "points" (differences of percentages).
     """
     if (above is None) == (below is None):
         raise ValueError("judge takes one threshold, above= or below=")
     e = interval(values)
     e |= {"threshold": {"above": above} if above is not None else {"below": below}, "unit": unit}
-    low, high, t = (e["low"], e["high"], above) if above is not None else (-e["high"], -e["low"], -below)
     if e["n"] < MIN_SEEDS:
         return None, {**e, "note": f"{MIN_SEEDS} seeds are needed for a verdict: -p seeds {MIN_SEEDS}"}
-    return (True if low > t else False if high < t else None), e
+    if above is not None:
+        return _side(e["low"] > above, e["high"] < above), e
+    return _side(e["high"] < below, e["low"] > below), e
+
+
+def _side(holds, fails):
+    "The verdict on an interval that lies on the claimed side, on the other, or on neither."
+    if holds:
+        return True
+    return False if fails else None
 
 
 def within(values, margin, unit="points"):
-    "Whether per-seed `values` lie between −margin and margin: (verdict, evidence) as of `judge`; True if all of the interval does, False if none of it."
-    (above, evidence), (below, _) = judge(values, above=-margin, unit=unit), judge(values, below=margin, unit=unit)
-    verdict = False if False in (above, below) else True if above and below else None
+    """Whether per-seed `values` lie between −margin and margin: True if all of the interval does, False if none of it.
+
+    Returns (verdict, evidence) as `judge` does.
+    """
+    above, evidence = judge(values, above=-margin, unit=unit)
+    below, _ = judge(values, below=margin, unit=unit)
+    verdict = _side(above is True and below is True, above is False or below is False)
     return verdict, {**evidence, "threshold": {"within": margin}}
 
-
+# %% ../../nbs/experiments/04_statistics.ipynb #25265054
 def per_seed(records, value="cs", **where):
-    "Mean of `value` by seed over the rows where the columns equal `where` (a list means any of): a Series indexed by seed."
+    """Mean of `value` by seed over the rows where the columns equal `where`: a Series indexed by seed.
+
+    A list in `where` means any of its values.
+    """
     for column, wanted in where.items():
-        records = records[records[column].isin(wanted if isinstance(wanted, (list, tuple)) else [wanted])]
+        if not isinstance(wanted, (list, tuple)):
+            wanted = [wanted]
+        records = records[records[column].isin(wanted)]
     return records.groupby("seed")[value].mean()
 
 # %% ../../nbs/experiments/04_statistics.ipynb #6241fb2b
 def plus_minus(values, digits=2):
-    "Mean ± standard error over seeds, as text; a single value has no error, an infinite one makes the mean ∞, NaN is a seed that is not there."
-    every = np.asarray(values, float)
-    v = every[~np.isnan(every)]
-    if not len(v):
+    """Mean ± standard error over seeds, as text.
+
+    A single value has no error, an infinite one makes the mean ∞, and NaN stands for a seed that is missing.
+    """
+    v = np.asarray(values, float)
+    present = v[~np.isnan(v)]
+    infinite = np.isinf(present).sum()
+    if not len(present):
         return "–"
-    if np.isinf(v).any():
-        return "∞" if np.isinf(v).all() else f"∞ ({np.isinf(v).sum()} of {len(v)} seeds)"
-    mean, se = mean_se(v)
-    return (
-        f"{mean:,.{digits}f}"
-        + ("" if math.isnan(se) else f" ± {se:,.{digits}f}")
-        + (f" ({len(v)} of {len(every)} seeds)" if len(v) < len(every) else "")
-    )
+    if infinite:
+        return "∞" if infinite == len(present) else f"∞ ({infinite} of {len(present)} seeds)"
+    mean, se = mean_se(present)
+    text = f"{mean:,.{digits}f}"
+    if not math.isnan(se):
+        text += f" ± {se:,.{digits}f}"
+    if len(present) < len(v):
+        text += f" ({len(present)} of {len(v)} seeds)"
+    return text
 
-
+# %% ../../nbs/experiments/04_statistics.ipynb #4f5eccee
 def seed_table(records, by, columns):
     "Mean ± standard error over seeds: rows the groups of `by`, columns {title: (column of `records`, digits)}."
-    groups = records.groupby(by, sort=False)
-    rows = {
-        key if isinstance(key, tuple) else (key,): {t: plus_minus(part[c], d) for t, (c, d) in columns.items()}
-        for key, part in groups
-    }
+    rows = {}
+    for key, part in records.groupby(by, sort=False):
+        if not isinstance(key, tuple):
+            key = (key,)
+        rows[key] = {title: plus_minus(part[column], digits) for title, (column, digits) in columns.items()}
     return pd.DataFrame.from_dict(rows, orient="index")
 
-# %% ../../nbs/experiments/04_statistics.ipynb #28506ae1
+
 def cell_texts(records, rows, value="cs", digits=1):
     "Mean ± standard error of `value` over seeds by the column `rows`, in order of appearance: {row: text}."
     return {key: plus_minus(part[value], digits) for key, part in records.groupby(rows, sort=False)}
 
 # %% ../../nbs/experiments/04_statistics.ipynb #cd980e55
 def factorial_effects(records, factors, value="cs", order=2):
-    """Main effects and interactions up to `order` of two-level `factors` on `value`: a DataFrame, one row an effect.
+    """Main effects and interactions up to `order` of two-level `factors` on `value`: a DataFrame with a row for each.
 
-    `records`: one row a combination and seed, every combination once a seed; a factor's levels are in ascending order.
-    Columns `effect`, `factors` (a tuple), `mean`, `low`, `high` (95 % t-interval over seeds), `values` (one a seed), in the units of
-    `value`. A main effect is high less low; an interaction, the mean of what is left when signs multiply, in the same
-    scale. ValueError when a combination is missing or a factor has other than two levels. Source: Box, Hunter & Hunter.
+    `records`: one row for each combination and seed; a factor's levels are in ascending order. Columns `effect`,
+    `factors` (a tuple), `mean`, `low`, `high` (95 % t-interval over seeds), `values` (one a seed), in the units of
+    `value`. A main effect is the mean at the high level less that at the low one; an interaction is the contrast of the
+    products of signs, on the same scale. ValueError when a combination is missing or a factor hasn't two levels.
+    Source: Box, Hunter & Hunter, Statistics for Experimenters.
     """
     factors = list(factors)
+    _check_factorial(records, factors)
+    signs = {f: np.where(records[f] == records[f].max(), 1.0, -1.0) for f in factors}
+    rows = []
+    for n in range(1, order + 1):
+        for group in itertools.combinations(factors, n):
+            sign = np.prod([signs[f] for f in group], axis=0)
+            contrast = 2 * sign * records[value]
+            e = interval(contrast.groupby(records.seed).mean())
+            found = {k: e[k] for k in ("mean", "low", "high", "values")}
+            rows.append({"effect": " × ".join(group), "factors": group, **found})
+    return pd.DataFrame(rows)
+
+
+def _check_factorial(records, factors):
+    "ValueError unless each factor has two levels, and each combination of them one row a seed."
     for f in factors:
         if records[f].nunique() != 2:
             raise ValueError(f"a factor needs two levels, and {f} has {records[f].nunique()}")
     counts = records.groupby(["seed", *factors]).size()
-    if len(counts) != records.seed.nunique() * 2 ** len(factors) or (counts != 1).any():
+    combinations = 2 ** len(factors)
+    if len(counts) != records.seed.nunique() * combinations or (counts != 1).any():
         raise ValueError(
-            f"a factorial analysis needs each of the {2 ** len(factors)} combinations of {', '.join(factors)} once a seed"
+            f"a factorial analysis needs each of the {combinations} combinations of {', '.join(factors)} once a seed"
         )
-    signs = pd.DataFrame({f: np.where(records[f] == records[f].max(), 1.0, -1.0) for f in factors}, index=records.index)
-    rows = []
-    for group in (g for n in range(1, order + 1) for g in itertools.combinations(factors, n)):
-        contrast = 2 * signs[list(group)].prod(axis=1) * records[value]
-        e = interval(contrast.groupby(records.seed).mean())
-        rows.append(
-            {"effect": " × ".join(group), "factors": group, **{k: e[k] for k in ("mean", "low", "high", "values")}}
-        )
-    return pd.DataFrame(rows)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'MORE_METRICS', 'MIN_PAIRS', 'check_logits', 'activation_distance', 'js_divergence', 'rank_disagreement',
            'prediction_disagreement', 'variation_of_information', 'procrustes_distance', 'functional_metrics',
-           'Agreement', 'AgreementDeltas', 'agreement_rates', 'transfer_kind', 'agreement_deltas', 'TransferTest',
-           'wilcoxon_p', 'transfer_test']
+           'Agreement', 'agreement_rates', 'transfer_kind', 'AgreementDeltas', 'agreement_deltas', 'wilcoxon_p',
+           'TransferTest', 'transfer_test']
 
 # %% ../../nbs/functional/01_metrics.ipynb #3c124178
 import math
@@ -17,45 +17,57 @@ import pandas as pd
 from scipy import stats
 import torch
 
-# %% ../../nbs/functional/01_metrics.ipynb #1e9b61e7
-_ROWS = 2048
-
-
+# %% ../../nbs/functional/01_metrics.ipynb #6beee008
 def check_logits(a, b, finite=False):
-    """Logits `a` and `b` of two models on the same inputs, as tensors; ValueError of one sentence unless they can be compared.
+    """Logits `a` and `b` of two models on the same inputs, as tensors; ValueError unless they can be compared.
 
     Both (N, C), N ≥ 1, C ≥ 2, without NaN or plus infinity; `finite`: without minus infinity either.
     """
     a, b = (torch.as_tensor(z).detach() for z in (a, b))
+    _check_shapes(a, b)
+    for z in (a, b):
+        _check_values(z, finite)
+    return a, b.to(a.device)
+
+
+def _check_shapes(a, b):
     for z in (a, b):
         if z.dim() != 2:
             raise ValueError(f"logits must be (inputs, classes), not of shape {tuple(z.shape)}")
     if a.shape != b.shape:
         raise ValueError(
-            f"the two models' logits must be of one shape, not {tuple(a.shape)} and {tuple(b.shape)}: ask both about the same inputs and classes"
+            f"the two models' logits must be of one shape, not {tuple(a.shape)} and {tuple(b.shape)}: "
+            "ask both about the same inputs and classes"
         )
     if len(a) == 0:
         raise ValueError("there must be at least one input to compare two models on")
     if a.shape[1] < 2:
         raise ValueError("logits must be of at least two classes: with one, all models agree")
-    for z in (a, b):
-        if z.isnan().any():
-            raise ValueError("logits must not be NaN: the model has diverged, or its inputs hold NaN")
-        if (z == math.inf).any():
-            raise ValueError("logits must not be plus infinity, which has no softmax")
-        if finite and z.isinf().any():
-            raise ValueError("logits must be finite here: minus infinity has no distance to anything")
-        if (z == -math.inf).all(1).any():
-            raise ValueError("an input whose logits are all minus infinity has no softmax")
-    return a, b.to(a.device)
+
+
+def _check_values(z, finite):
+    if z.isnan().any():
+        raise ValueError("logits must not be NaN: the model has diverged, or its inputs hold NaN")
+    if (z == math.inf).any():
+        raise ValueError("logits must not be plus infinity, which has no softmax")
+    if finite and z.isinf().any():
+        raise ValueError("logits must be finite here: minus infinity has no distance to anything")
+    if (z == -math.inf).all(1).any():
+        raise ValueError("an input whose logits are all minus infinity has no softmax")
+
+# %% ../../nbs/functional/01_metrics.ipynb #65c61264
+_ROWS = 2048
 
 
 def _mean_over_rows(a, b, per_row):
     "Mean of `per_row(a, b)` over inputs, in double precision, `_ROWS` inputs at a time."
     a, b = check_logits(a, b)
-    return sum(per_row(x, y).double().sum().item() for x, y in zip(a.split(_ROWS), b.split(_ROWS))) / len(a)
+    total = 0.0
+    for x, y in zip(a.split(_ROWS), b.split(_ROWS)):
+        total += per_row(x, y).double().sum().item()
+    return total / len(a)
 
-# %% ../../nbs/functional/01_metrics.ipynb #36ad2832
+# %% ../../nbs/functional/01_metrics.ipynb #608098d5
 def activation_distance(a, b):
     """Mean L2 distance between the softmaxes of logits `a` and `b`, (N, C) each: 0 to √2.
 
@@ -63,32 +75,42 @@ def activation_distance(a, b):
     """
     return _mean_over_rows(a, b, lambda x, y: (x.double().softmax(1) - y.double().softmax(1)).norm(dim=1))
 
-
+# %% ../../nbs/functional/01_metrics.ipynb #c1ebf294
 def js_divergence(a, b):
     """Mean Jensen-Shannon divergence between the softmaxes of logits `a` and `b`, (N, C) each: 0 to log 2, in nats.
 
-    Finite with zero probabilities. ValueError as in `check_logits`. Source: Functional Perspective, section 3.1 (Lin 1991).
+    Finite with zero probabilities. ValueError as in `check_logits`. Source: Functional Perspective, section 3.1
+    (Lin 1991).
     """
-
-    def per_row(x, y):
-        p, q = x.double().log_softmax(1), y.double().log_softmax(1)
-        middle = torch.logaddexp(p, q) - math.log(2)
-        term = lambda l: torch.where(l.exp() > 0, l.exp() * (l - middle), 0.0).sum(1)
-        return (term(p) + term(q)).clamp_min(0) / 2  # equal answers round to either side of 0
-
-    return _mean_over_rows(a, b, per_row)
+    return _mean_over_rows(a, b, _js_of_rows)
 
 
+def _js_of_rows(x, y):
+    p, q = x.double().log_softmax(1), y.double().log_softmax(1)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    both = _kl_of_rows(p, middle) + _kl_of_rows(q, middle)
+    return both.clamp_min(0) / 2  # equal answers round to either side of 0
+
+
+def _kl_of_rows(p, q):
+    "KL divergence from log-probabilities `p` to `q` of each row; classes of probability zero add nothing."
+    return torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(1)
+
+# %% ../../nbs/functional/01_metrics.ipynb #ff1d8a1b
 def rank_disagreement(a, b):
-    """Share of places in the order of classes, most likely first, at which logits `a` and `b` have different classes: 0 to 1.
+    """Share of places in the order of classes, most likely first, at which logits `a` and `b` disagree: 0 to 1.
 
-    (N, C) each; equal logits are ordered by class. ValueError as in `check_logits`. Source: Functional Perspective, section 3.1, with the 1/K
-    that it leaves out.
+    (N, C) each; equal logits are ordered by class. ValueError as in `check_logits`. Source: Functional Perspective,
+    section 3.1, with the 1/K that it leaves out.
     """
-    order = lambda z: z.argsort(stable=True, dim=1, descending=True)
-    return _mean_over_rows(a, b, lambda x, y: (order(x) != order(y)).double().mean(1))
+    return _mean_over_rows(a, b, lambda x, y: (_class_order(x) != _class_order(y)).double().mean(1))
 
 
+def _class_order(z):
+    "The classes of each row, most likely first."
+    return z.argsort(stable=True, dim=1, descending=True)
+
+# %% ../../nbs/functional/01_metrics.ipynb #c9bc0e6e
 def prediction_disagreement(a, b):
     """Share of inputs whose most likely classes differ between logits `a` and `b`, (N, C) each: 0 to 1.
 
@@ -96,7 +118,7 @@ def prediction_disagreement(a, b):
     """
     return _mean_over_rows(a, b, lambda x, y: x.argmax(1) != y.argmax(1))
 
-# %% ../../nbs/functional/01_metrics.ipynb #ac151527
+# %% ../../nbs/functional/01_metrics.ipynb #1ecc5070
 def variation_of_information(a, b):
     """Variation of information between the predicted classes of logits `a` and `b`, (N, C) each: 0 to 2 log C, in nats.
 
@@ -104,31 +126,37 @@ def variation_of_information(a, b):
     """
     a, b = check_logits(a, b)
     x, y = a.argmax(1), b.argmax(1)
-    entropy = lambda labels: (
-        torch.special.entr(labels.unique(return_counts=True)[1].double() / len(labels)).sum().item()
-    )
-    return max(0.0, 2 * entropy(x * a.shape[1] + y) - entropy(x) - entropy(y))
+    pairs = x * a.shape[1] + y
+    return max(0.0, 2 * _entropy(pairs) - _entropy(x) - _entropy(y))
 
 
+def _entropy(labels):
+    "Entropy of a labelling in nats."
+    shares = labels.unique(return_counts=True)[1].double() / len(labels)
+    return torch.special.entr(shares).sum().item()
+
+# %% ../../nbs/functional/01_metrics.ipynb #8da392c5
 def procrustes_distance(a, b):
     """Orthogonal Procrustes distance between logits `a` and `b`, (N, C) each, centred and of Frobenius norm 1: 0 to 2.
 
-    0 for clouds that differ by a shift, a scale and a rotation or reflection. ValueError as in `check_logits`, for infinite logits, and where a model
-    gives every input the same logits. Source: Functional Perspective, Appendix A (Schönemann 1966; Ding et al. 2021).
+    0 for clouds that differ by a shift, a scale and a rotation or reflection. ValueError as in `check_logits`, for
+    infinite logits, and where a model gives every input the same logits. Source: Functional Perspective, Appendix A
+    (Schönemann 1966; Ding et al. 2021).
     """
     a, b = check_logits(a, b, finite=True)
-
-    def unit(z):
-        z = z.double() - z.double().mean(0)
-        if not z.norm() > 0:
-            raise ValueError(
-                "a model that gives every input the same logits has no Procrustes distance: its cloud is one point"
-            )
-        return z / z.norm()
-
-    return max(0.0, 2 - 2 * torch.linalg.svdvals(unit(a).T @ unit(b)).sum().item())
+    return max(0.0, 2 - 2 * torch.linalg.svdvals(_unit_cloud(a).T @ _unit_cloud(b)).sum().item())
 
 
+def _unit_cloud(z):
+    "Logits less their mean, and of Frobenius norm 1."
+    z = z.double() - z.double().mean(0)
+    if not z.norm() > 0:
+        raise ValueError(
+            "a model that gives every input the same logits has no Procrustes distance: its cloud is one point"
+        )
+    return z / z.norm()
+
+# %% ../../nbs/functional/01_metrics.ipynb #4c642bc4
 METRICS = {
     "activation_distance": activation_distance,
     "rank_disagreement": rank_disagreement,
@@ -142,7 +170,7 @@ def functional_metrics(a, b):
     "All six distances between logits `a` and `b`, (N, C) each: {name: value}; lower is nearer. ValueError as in each."
     return {name: metric(a, b) for name, metric in {**METRICS, **MORE_METRICS}.items()}
 
-# %% ../../nbs/functional/01_metrics.ipynb #1cde551c
+# %% ../../nbs/functional/01_metrics.ipynb #d01e56ee
 class Agreement(NamedTuple):
     "Shares of equal predictions, 0 to 1, on inputs that the teacher gets right and wrong."
 
@@ -150,139 +178,156 @@ class Agreement(NamedTuple):
     incorrect: float
 
 
+def agreement_rates(model, teacher, labels):
+    """How often `model` predicts what `teacher` predicts, where the teacher is right and where it is wrong.
+
+    Logits (N, C) each, labels (N,); returns an `Agreement`. ValueError as in `check_logits`, for labels that don't fit,
+    and for a teacher that is never (or always) wrong. Source: Functional Perspective, section 3.2.
+    """
+    model, teacher = check_logits(model, teacher)
+    labels = torch.as_tensor(labels).to(model.device)
+    _check_labels(labels, model)
+    same = model.argmax(1) == teacher.argmax(1)
+    right = teacher.argmax(1) == labels
+    if right.all():
+        raise ValueError(
+            "the teacher makes no errors on these inputs, so agreement with its errors is undefined: "
+            "ask about more inputs"
+        )
+    if not right.any():
+        raise ValueError(
+            "the teacher is never right on these inputs, so agreement where it is right is undefined: "
+            "ask about more inputs"
+        )
+    return Agreement(same[right].double().mean().item(), same[~right].double().mean().item())
+
+
+def _check_labels(labels, logits):
+    "ValueError unless `labels` are classes of the inputs of `logits`."
+    inputs, classes = logits.shape
+    if labels.shape != (inputs,) or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be {inputs} whole numbers, one an input, not {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < classes:
+        raise ValueError(f"labels must lie between 0 and {classes - 1}, not between {low} and {high}")
+
+# %% ../../nbs/functional/01_metrics.ipynb #30dffd5d
+def transfer_kind(correct, incorrect):
+    """The kind of transfer by its two deltas: negative asymmetric, symmetric or positive asymmetric.
+
+    Source: Functional Perspective, equations 4 to 6.
+    """
+    if correct < incorrect:
+        return "negative asymmetric"
+    if correct > incorrect:
+        return "positive asymmetric"
+    return "symmetric"
+
+# %% ../../nbs/functional/01_metrics.ipynb #fa333935
 class AgreementDeltas(NamedTuple):
-    "How much more a student agrees with its teacher than a control does (-1 to 1), on the teacher's right and wrong answers, and the kind of transfer."
+    "How much more a student agrees with its teacher than a control does (-1 to 1), by part, and the kind of transfer."
 
     correct: float
     incorrect: float
     kind: str
 
 
-def agreement_rates(model, teacher, labels):
-    """How often `model` predicts what `teacher` predicts, where the teacher is right and where it is wrong: an `Agreement`.
-
-    Logits (N, C) each, labels (N,). ValueError as in `check_logits`, for labels that don't fit, and for a teacher that is never (or always) wrong.
-    Source: Functional Perspective, section 3.2.
-    """
-    model, teacher = check_logits(model, teacher)
-    labels = torch.as_tensor(labels).to(model.device)
-    if labels.shape != model.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be {len(model)} whole numbers, one an input, not {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    if not 0 <= int(labels.min()) <= int(labels.max()) < model.shape[1]:
-        raise ValueError(
-            f"labels must lie between 0 and {model.shape[1] - 1}, not between {int(labels.min())} and {int(labels.max())}"
-        )
-    same, right = model.argmax(1) == teacher.argmax(1), teacher.argmax(1) == labels
-    if right.all():
-        raise ValueError(
-            "the teacher makes no errors on these inputs, so agreement with its errors is undefined: ask about more inputs"
-        )
-    if not right.any():
-        raise ValueError(
-            "the teacher is never right on these inputs, so agreement where it is right is undefined: ask about more inputs"
-        )
-    return Agreement(same[right].double().mean().item(), same[~right].double().mean().item())
-
-
-def transfer_kind(correct, incorrect):
-    "The kind of transfer by its two deltas: negative asymmetric, symmetric or positive asymmetric (equations 4 to 6)."
-    return (
-        "negative asymmetric" if correct < incorrect else "positive asymmetric" if correct > incorrect else "symmetric"
-    )
-
-
 def agreement_deltas(student, control, teacher, labels):
-    """How much more `student` agrees with `teacher` than `control` does, and the kind of transfer: an `AgreementDeltas`.
+    """How much more `student` agrees with `teacher` than `control` does, and the kind of transfer: `AgreementDeltas`.
 
-    Logits (N, C) each, labels (N,); ValueError as in `agreement_rates`. Whether there is any transfer to speak of is for `transfer_test` to say.
-    Source: Functional Perspective, equations 2 to 6.
+    Logits (N, C) each, labels (N,); ValueError as in `agreement_rates`. Whether there is any transfer to speak of is
+    for `transfer_test` to say. Source: Functional Perspective, equations 2 to 6.
     """
-    s, b = agreement_rates(student, teacher, labels), agreement_rates(control, teacher, labels)
-    return AgreementDeltas(
-        s.correct - b.correct,
-        s.incorrect - b.incorrect,
-        transfer_kind(s.correct - b.correct, s.incorrect - b.incorrect),
-    )
+    of_student = agreement_rates(student, teacher, labels)
+    of_control = agreement_rates(control, teacher, labels)
+    correct = of_student.correct - of_control.correct
+    incorrect = of_student.incorrect - of_control.incorrect
+    return AgreementDeltas(correct, incorrect, transfer_kind(correct, incorrect))
 
-# %% ../../nbs/functional/01_metrics.ipynb #0cdcf524
+# %% ../../nbs/functional/01_metrics.ipynb #df722d2f
 MIN_PAIRS = 5  # 2^-5 is the first below 0.05
 
 
-class TransferTest(NamedTuple):
-    "`verdict` (supported, marginal, not supported), `metrics` {name: counts}, `improvement` (median share over metrics), `tests` (DataFrame, a row a metric and control)."
+def wilcoxon_p(student, control, higher=False, what="the test"):
+    """One-sided p-value that paired `student` values are lower (`higher`: higher) than `control` values.
 
-    verdict: str
-    metrics: dict
-    improvement: float
-    tests: pd.DataFrame
+    Wilcoxon's signed-rank test, by scipy, on sequences of one length ≥ 5; exact for up to 12 pairs, ties and zeros
+    included. 1 where all pairs are equal. ValueError, which begins with `what`, for fewer pairs, unpaired or
+    non-finite values. Source: Functional Perspective, section 3.3.
+    """
+    s, c = _paired(student, control, what)
+    gain = s - c if higher else c - s
+    gain[np.abs(gain) <= 1e-12 * np.maximum(np.abs(s), np.abs(c))] = 0  # rounding is no difference
+    if not gain.any():
+        return 1.0
+    tied = (gain == 0).any() or len(np.unique(np.abs(gain))) < len(gain)
+    method = stats.PermutationMethod(n_resamples=np.inf) if tied and len(gain) <= 12 else "auto"
+    return float(stats.wilcoxon(gain, alternative="greater", method=method).pvalue)
 
 
 def _paired(student, control, what):
+    "Both as arrays of one length; ValueError unless a test can be made of them."
     s, c = (np.asarray(v, float) for v in (student, control))
     if s.ndim != 1 or s.shape != c.shape:
         raise ValueError(f"{what}: runs must come in pairs, one value each, not in shapes {s.shape} and {c.shape}")
     if len(s) < MIN_PAIRS:
         raise ValueError(
-            f"{what}: {len(s)} pairs are too few for a Wilcoxon test, whose p-value then can't be below {2.0 ** -len(s):g}: {MIN_PAIRS} are needed"
+            f"{what}: {len(s)} pairs are too few for a Wilcoxon test, whose p-value then can't be below "
+            f"{2.0 ** -len(s):g}: {MIN_PAIRS} are needed"
         )
     if not (np.isfinite(s).all() and np.isfinite(c).all()):
         raise ValueError(f"{what}: values must be finite numbers")
     return s, c
 
+# %% ../../nbs/functional/01_metrics.ipynb #fadc4f7e
+class TransferTest(NamedTuple):
+    "What `transfer_test` finds."
 
-def wilcoxon_p(student, control, higher=False, what="the test"):
-    """One-sided p-value that paired `student` values are lower (`higher`: higher) than `control` values: Wilcoxon's signed-rank test, from scipy.
-
-    Sequences of one length ≥ 5; exact for up to 12 pairs, ties and zeros included. 1 where all pairs are equal. ValueError for fewer pairs, unpaired or
-    non-finite values. Source: Functional Perspective, section 3.3.
-    """
-    s, c = _paired(student, control, what)
-    d = c - s if not higher else s - c
-    d[np.abs(d) <= 1e-12 * np.maximum(np.abs(s), np.abs(c))] = 0  # rounding is no difference
-    if not d.any():
-        return 1.0
-    tied = (d == 0).any() or len(np.unique(np.abs(d))) < len(d)
-    method = stats.PermutationMethod(n_resamples=np.inf) if tied and len(d) <= 12 else "auto"
-    return float(stats.wilcoxon(d, alternative="greater", method=method).pvalue)
+    verdict: str  # supported, marginal, not supported
+    metrics: dict  # {name: whether it counts}
+    improvement: float  # on the best control, the median share over metrics
+    tests: pd.DataFrame  # one row a metric and control
 
 
 def transfer_test(students, controls, level=0.05, margin=0.05):
     """Whether `students` are nearer to their teacher than every one of `controls`: a `TransferTest`.
 
-    `students`: {metric: one distance a run}, `controls`: {name: the same, in the same order of runs}; DataFrames will do. Lower is nearer. `level`: false
-    discovery rate. `margin`: supported transfer is marginal below this median improvement on the best control. ValueError for missing metrics, fewer than
-    5 pairs, values that are unpaired or not finite. Source: Functional Perspective, section 3.3; the margin is ours.
+    `students`: {metric: one distance a run}, `controls`: {name: the same, in the same order of runs}; DataFrames will
+    do. Lower is nearer. `level`: false discovery rate. `margin`: supported transfer is marginal below this median
+    improvement on the best control. ValueError for missing metrics, fewer than 5 pairs, values that are unpaired or
+    not finite. Source: Functional Perspective, section 3.3; the margin is ours.
     """
+    tests = _each_test(students, controls)
+    tests["p_adjusted"] = stats.false_discovery_control(tests.p, method="bh")
+    tests["significant"] = (tests.p_adjusted <= level) & (tests.student < tests.control_mean)
+    by_metric = tests.groupby("metric", sort=False)
+    counts = {m: bool(part.significant.all()) for m, part in by_metric}
+    best = by_metric[["student", "control_mean"]].min()
+    improvement = float((1 - best.student / best.control_mean.where(best.control_mean > 0)).fillna(0).median())
+    return TransferTest(_verdict(counts, improvement, margin), counts, improvement, tests)
+
+
+def _each_test(students, controls):
+    "One row for every metric and control: both means, and the p-value."
     metrics = list(students)
     if not metrics or not len(controls):
         raise ValueError("transfer_test needs at least one metric and one control")
     for name, control in controls.items():
-        if lacks := [m for m in metrics if m not in control]:
-            raise ValueError(f"control {name} lacks the metric {lacks[0]}")
-    tests = pd.DataFrame(
-        [
-            {
-                "metric": m,
-                "control": name,
-                "student": np.mean(students[m]),
-                "control_mean": np.mean(control[m]),
-                "p": wilcoxon_p(students[m], control[m], what=f"{m} against {name}"),
-            }
-            for m in metrics
-            for name, control in controls.items()
-        ]
-    )
-    tests["p_adjusted"] = stats.false_discovery_control(tests.p, method="bh")
-    tests["significant"] = (tests.p_adjusted <= level) & (tests.student < tests.control_mean)
-    counts = {m: bool(part.significant.all()) for m, part in tests.groupby("metric", sort=False)}
-    best = tests.groupby("metric", sort=False)[["student", "control_mean"]].min()
-    improvement = float((1 - best.student / best.control_mean.where(best.control_mean > 0)).fillna(0).median())
-    supported = sum(counts.values()) > len(counts) / 2
-    return TransferTest(
-        "not supported" if not supported else "marginal" if improvement < margin else "supported",
-        counts,
-        improvement,
-        tests,
-    )
+        for m in metrics:
+            if m not in control:
+                raise ValueError(f"control {name} lacks the metric {m}")
+    rows = []
+    for m in metrics:
+        for name, control in controls.items():
+            p = wilcoxon_p(students[m], control[m], what=f"{m} against {name}")
+            means = {"student": np.mean(students[m]), "control_mean": np.mean(control[m])}
+            rows.append({"metric": m, "control": name, **means, "p": p})
+    return pd.DataFrame(rows)
+
+
+def _verdict(counts, improvement, margin):
+    if sum(counts.values()) <= len(counts) / 2:
+        return "not supported"
+    return "marginal" if improvement < margin else "supported"
