@@ -24,46 +24,42 @@ KINDS = ("gaussian", "uniform", "perlin", "dead_leaves")
 def agreement(teacher, student, shape, mode="auto", alpha=0.5, kinds=KINDS, n=1024, batch_size=256, seed=0):
     """How far a student agrees with its teacher on fresh noise of several kinds: a DataFrame, one row a kind. No data.
 
-    Columns: `noise`; `agreement`, percent of inputs with the same most likely class; `kl`, nats; `information_learned`, 1 - KL / I(X;C),
-    1 for a copy, 0 for the teacher's mean answer, negative for worse. The teacher is asked in `mode` (with `alpha`), the student in CS
-    mode in the same batches. `shape`: (C, H, W). Both networks on one device, and left as they were.
+    Columns: `noise`; `agreement`, percent of inputs with the same most likely class; `kl`, nats; `information_learned`,
+    1 - KL / I(X;C): 1 for a copy, 0 for the teacher's mean answer, negative for worse. The teacher is asked in `mode`
+    (with `alpha`), the student in CS mode in the same batches. `shape`: (C, H, W). Both networks must be on one device,
+    and are left as they were.
     """
-    device, rows = next(student.parameters()).device, []
+    device = next(student.parameters()).device
+    rows = []
     for kind in kinds:
-        draw, g, parts = create_sampler(kind, shape), torch.Generator(device).manual_seed(seed), []
+        draw, g = create_sampler(kind, shape), torch.Generator(device).manual_seed(seed)
+        batches = []
         with teacher_context(teacher, mode, alpha), bn_mode(student, "cs"):
             for _ in range(max(1, round(n / batch_size))):
                 x = draw(min(n, batch_size), generator=g, device=device)
-                t, s = teacher(x).float(), student(x).float()
-                parts.append(
-                    (
-                        (t.argmax(1) == s.argmax(1)).double().mean().item(),
-                        kd_loss(s, t).item(),
-                        mutual_information(t).mutual_information,
-                    )
-                )
-        same, kl, information = (sum(column) / len(parts) for column in zip(*parts))
-        rows.append(
-            {
-                "noise": kind,
-                "agreement": 100 * same,
-                "kl": kl,
-                "information_learned": 1 - kl / information if information > 0 else float("nan"),
-            }
-        )
+                batches.append(_compare(teacher(x).float(), student(x).float()))
+        same, kl, information = (sum(column) / len(batches) for column in zip(*batches))
+        learned = 1 - kl / information if information > 0 else float("nan")
+        rows.append({"noise": kind, "agreement": 100 * same, "kl": kl, "information_learned": learned})
     return pd.DataFrame(rows)
+
+
+def _compare(t, s):
+    "(share of equal classes, KL, the teacher's I(X;C)) of a batch of logits."
+    same = (t.argmax(1) == s.argmax(1)).double().mean().item()
+    return same, kd_loss(s, t).item(), mutual_information(t).mutual_information
 
 # %% ../../nbs/practice/02_agreement.ipynb #617a21b9
 def loss_floor(
     teacher, student, shape, mode="auto", alpha=0.5, tau=1.0, batch_size=256, inputs=16, contexts=16, seed=0
 ):
-    """The least mean KL at `tau` that a student of this kind can have on Gaussian noise, nats: 0 with BatchNorm, else mean I(Y; B | X = x).
+    """The least mean KL at `tau` that a student of this kind can have on Gaussian noise, in nats.
 
-    Estimated from `inputs` fixed inputs in `contexts` batches each; from few contexts a little too low. Source: NormShift-KD, Proposition 5.1.
+    0 for a student with BatchNorm, else mean I(Y; B | X = x), estimated from `inputs` fixed inputs in `contexts`
+    batches each; from few contexts it comes out a little too low. Source: NormShift-KD, Proposition 5.1.
     """
     if norm_kinds(student)["bn"]:
         return 0.0
-    asked = batch_dependence(
-        teacher, create_sampler("gaussian", shape), contexts, batch_size - 1, inputs, mode, alpha, generator=seed
-    )
-    return context_floor(asked, tau)
+    draw = create_sampler("gaussian", shape)
+    answers = batch_dependence(teacher, draw, contexts, batch_size - 1, inputs, mode, alpha, generator=seed)
+    return context_floor(answers, tau)

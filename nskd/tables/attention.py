@@ -101,6 +101,7 @@ def _trained(job, ds, budget_seconds):
 
 
 def _pretrained(job):
+    import nskd.engine.vision  # noqa: F401, before timm, which imports torchvision
     import timm
 
     net = timm.create_model(job.model.removeprefix("timm:"), pretrained=True).eval().to(pick_device(job.p.device))
