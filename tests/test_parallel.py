@@ -476,4 +476,6 @@ def test_the_command_refuses_in_a_sentence(tmp_path, capsys):
         assert main(given) == 1
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
-    assert main(["--help"]) == 0 and "torchrun --nproc_per_node" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        main(["--help"])
+    assert e.value.code == 0 and "torchrun --nproc_per_node" in capsys.readouterr().out

@@ -125,7 +125,7 @@ def check_refused(repo, tmp_path, name, args, words, folder=None):
         m.chdir(folder or tmp_path)
         namespace = {"__name__": "__main__"}
         for cell in (c.source for c in notebook.cells if c.cell_type == "code"):
-            assert "write_results(" not in cell and "= distill(" not in cell, "nothing was refused"
+            assert "write_results(" not in cell and "= distil(" not in cell, "nothing was refused"
             exec(compile(cell, name, "exec"), namespace)
     assert words in str(said.value) and "\n" not in str(said.value)
     assert not (tmp_path / "results").exists()

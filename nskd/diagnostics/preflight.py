@@ -344,7 +344,8 @@ def plot_histograms(flight, names=None, most=20):
         ax.grid(axis="x", visible=False)
     for ax in axes[:, 0]:
         ax.set_ylabel("share (%)")
-    axes.flat[0].legend(fontsize="x-small")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="x-small")
     return fig
 
 
