@@ -45,13 +45,17 @@ class Group:
         return found
 
     def on_first(self, work):
-        "What `work()` returns in the first process, in all of them; the others wait. Where it raises, all raise."
+        """What `work()` returns in the first process, in all of them; the others wait. Where it raises, all raise.
+
+        Inside `work` the first process is in a group of its own: what it calls must not wait for the others.
+        """
         if self.size == 1:
             return work()
         outcome = [None, None]  # what it returned, what it raised
         if self.first:
             try:
-                outcome[0] = work()
+                with _by_itself():
+                    outcome[0] = work()
             except Exception as e:
                 outcome[1] = _sendable(e)
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
@@ -89,6 +93,17 @@ def _sendable(error):
 # %% ../../nbs/engine/09_shared_batch.ipynb #3705c8e0
 _group = Group()  # this process's
 _part = None  # its share of the batch that is being computed on, a `_Part`
+
+
+@contextmanager
+def _by_itself():
+    "Inside, this process is in a group of one."
+    global _group
+    before, _group = _group, Group()
+    try:
+        yield
+    finally:
+        _group = before
 
 
 def current():
