@@ -67,7 +67,7 @@ def plain_loop(
 
     `teacher`, `student`: networks on `device` that map (B, *`shape`) to logits (B, `num_classes`); the student is
     trained in place. `mode`, `alpha`: of the teacher, see `nskd.norms.teacher_context`. `select`: picks indices of
-    `batch_size` inputs by their labels. `distill` computes the same, safely and faster. Source: Algorithm 2.
+    `batch_size` inputs by their labels. `distill` takes the same steps, from noise of its own. Source: Algorithm 2.
     """
     opt = torch.optim.Adam(student.train().parameters(), lr)
     with teacher_context(teacher, mode, alpha):
@@ -91,7 +91,7 @@ Schedule = Literal["plateau", "cosine", "linear", "constant", "plateau_on_test_a
 
 
 class DistillConfig(Config):
-    "What `distill` does: the method, the optimiser, the run. Whatever counts steps counts optimiser steps."
+    "What `distill` does: the method, the optimiser, the run. All step counts are optimiser steps."
 
     # The method
     sampler: str = "gaussian"  # the noise, see nskd.samplers.list_samplers

@@ -116,6 +116,7 @@ def calibration(logits, labels, bins=BINS):
     `entropy`: mean entropy of the answers, nats. `confidence`, `accuracy`: means, in percent. Source: LumiNet,
     section 4.3 and Appendix A.8.1.
     """
+    import nskd.engine.vision  # noqa: F401, before torchmetrics, which imports torchvision
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     p = _probabilities(logits, labels)

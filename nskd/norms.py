@@ -61,7 +61,8 @@ def batch_align(norm, x, alpha):
     var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != axis], correction=0, keepdim=True)
     x_hat = (x - mean) / torch.sqrt(var + norm.eps)  # each channel by the batch's statistics
     x = (1 - alpha) * x + alpha * x_hat
-    return x if norm.weight is None else per_channel(norm.weight, x, axis) * x + per_channel(norm.bias, x, axis)
+    gamma, beta = (per_channel(p, x, axis) for p in (norm.weight, norm.bias))
+    return (1 if gamma is None else gamma) * x + (0 if beta is None else beta)
 
 # %% ../nbs/method/01_norms.ipynb #6c32cd82
 class BatchAligned(nn.Module):
@@ -189,8 +190,8 @@ def unalign(net):
 def resolve_teacher_mode(net, mode="auto"):
     """The mode that `mode` means for `net`: `rs`, `cs` or `aligned`.
 
-    `auto` is `aligned` when there are LayerNorms or GroupNorms, else `cs`. A forced `cs` on a network without
-    BatchNorm is `rs`, since the two are one computation there; a forced `aligned` needs layers to align (ValueError).
+    `auto` is `aligned` when there are LayerNorms or GroupNorms, else `cs`. Without BatchNorm `cs` is treated
+    as `rs`: the two are the same there. A forced `aligned` needs layers to align (ValueError).
     """
     one_of(mode, ("auto", "rs", "cs", "aligned"), "teacher_mode")
     kinds = norm_kinds(net)

@@ -44,13 +44,15 @@ def _uniform(size, generator=None, device="cpu"):
     return (unit * 2 - 1).mul_(math.sqrt(3))  # on ±√3: unit variance, as the Gaussian has
 
 
-# every noise that needs nothing but a size; a new one is a function like the two above, and a line here
+# Every noise that needs nothing but a size. To add one: a function (size, generator, device) → float32 tensor of that
+# size, mean 0 and deviation 1, all randomness from `generator`; a line here; then `make export`. Students are then
+# trained anew, since their key contains this module; teachers are not.
 _NOISES = {"gaussian": _gaussian, "uniform": _uniform}
 
 # %% ../nbs/method/02_samplers.ipynb #2dc59906
 def list_samplers():
     "Names that `create_sampler` knows."
-    return ["gaussian", "uniform", "ddg", "perlin", "dead_leaves"]
+    return [*_NOISES, "ddg"]
 
 
 def create_sampler(name, shape, mean=None, std=None):
@@ -59,7 +61,7 @@ def create_sampler(name, shape, mean=None, std=None):
     `gaussian`: independent N(0, 1). `uniform`: independent on ±√3, mean 0 and variance 1 like the Gaussian. `ddg`:
     data-dependent Gaussian, pixels N(mean, std²) a channel, clipped to [0, 1], then normalised by the same `mean` and
     `std` ((C,) each, in pixel units of 0 to 1; only this sampler takes them). `perlin`: gradient noise in octaves.
-    `dead_leaves`: occluding discs. The last two have mean 0 and variance 1 for each image and channel (variance 0 for
+    `dead_leaves`: occluding discs. These two have mean 0 and variance 1 for each image and channel (variance 0 for
     the rare image that one leaf covers).
 
     ValueError on an unknown name or shape. Source: NormShift-KD, Appendix A (noise types); Raikwar & Mishra 2022

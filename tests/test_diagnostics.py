@@ -1,6 +1,8 @@
 """Diagnostics against independent references: numpy and scipy, by hand, and teachers whose answers are known."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -212,3 +214,16 @@ def test_structured_noise_is_standardised_smooth_and_reproducible(name):
     neighbours = (x[..., 1:] * x[..., :-1]).mean()
     assert neighbours > 0.5  # white noise has 0
     assert draw(2, generator=torch.Generator().manual_seed(1)).ne(x[:2]).any()
+
+
+@pytest.mark.parametrize(
+    "first", ["import nskd.diagnostics.preflight", "import nskd.diagnostics", "from nskd.tables import track_record"]
+)
+def test_the_public_names_are_functions_whatever_was_imported_first(repo, first):
+    code = f"""{first}
+import nskd.diagnostics.preflight
+from nskd.diagnostics import batch_dependence, class_histogram, mutual_information, preflight
+functions = batch_dependence, class_histogram, mutual_information, preflight, nskd.diagnostics.preflight
+assert all(type(f).__name__ == "function" for f in functions), functions
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=repo, check=True)

@@ -1,13 +1,12 @@
 """LumiNet: its notebooks at the smoke tier, its loss in `distill`, and what the loss costs."""
 
 import json
-import statistics
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nskd.data import load_dataset
 from nskd.distillation import DistillConfig, distill
@@ -80,29 +79,35 @@ def test_bad_parameters_fail_at_once_in_one_sentence(repo, tmp_path, name, args,
     check_refused(repo, tmp_path, name, args, words)
 
 
-def test_luminets_loss_costs_at_most_half_more_than_kl():
+class PassesOverTheBatch(TorchDispatchMode):
+    "Counts the operations whose result is a whole (batch, classes) matrix."
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        found = result if isinstance(result, (tuple, list)) else [result]
+        self.count += any(getattr(r, "shape", None) == self.shape for r in found)
+        return result
+
+
+def passes(loss, student_logits):
+    "Passes over the batch of a `loss` and of its gradient."
+    with PassesOverTheBatch(student_logits.shape) as mode:
+        loss().backward()
+    return mode.count
+
+
+def test_luminets_loss_passes_over_the_batch_hardly_more_often_than_kl():
+    "That is what its cost is made of; seconds would be those of one machine."
     g = torch.Generator().manual_seed(0)
     s, t = torch.randn(2, 1024, 1000, generator=g).unbind()
     s.requires_grad_()
-    losses = {
-        "kd": lambda: kd_loss(s, t, 4.0),
-        "paper": lambda: luminet_loss(s, t, 4.0),
-        "released": lambda: luminet_loss(s, t, 4.0, "released"),
-    }
-
-    def once(loss):
-        s.grad, start = None, time.perf_counter()
-        loss().backward()
-        return time.perf_counter() - start
-
-    for loss in losses.values():
-        once(loss)
-    # one after the other, so that whatever else the machine does meets all of them; the quickest is the least disturbed
-    rounds = [{name: once(loss) for name, loss in losses.items()} for _ in range(40)]
-    best = {name: min(r[name] for r in rounds) for name in losses}
-    middle = {name: statistics.median(r[name] / r["kd"] for r in rounds) for name in losses}
-    for name in ("paper", "released"):
-        assert min(best[name] / best["kd"], middle[name]) < 1.5, (best, middle)
+    kd = passes(lambda: kd_loss(s, t, 4.0), s)
+    assert passes(lambda: luminet_loss(s, t, 4.0), s) <= kd + 2
+    assert passes(lambda: luminet_loss(s, t, 4.0, "released"), s) <= kd
 
 
 @pytest.fixture(scope="module")

@@ -289,7 +289,7 @@ class TestMake:
             n
             for t in text.values()
             for n in re.findall(
-                r'\b(?:papermill|run_here|run)\(repo, "(\w+)"|\("\w+", "(\w+)", (?:papermill|run_here)\)', t
+                r'\b(?:papermill|run_here|run)\(\s*repo,\s*"(\w+)"|\("\w+", "(\w+)", (?:papermill|run_here)\)', t
             )
             for n in n
             if n

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from test_tables import check_refused, papermill
+from test_tables import RESULT_FILES, check_refused, papermill
 
 STUDENTS = ["convnext_ln", "convnext_aligned", "vit_ln", "vit_aligned", "vit_cached"]
 
@@ -19,14 +19,7 @@ def run(repo, tmp_path_factory):
 def test_a_smoke_run_succeeds_and_leaves_its_results(run):
     folder, done = run
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {p.name for p in folder.iterdir()} == {
-        "records.csv",
-        "table.csv",
-        "claims.json",
-        "summary.md",
-        "results.json",
-        "figure.png",
-    }
+    assert {p.name for p in folder.iterdir()} == RESULT_FILES
     claims = json.loads((folder / "claims.json").read_text())
     assert len(claims) == 12 == len({c["id"] for c in claims}) and all(c["id"].startswith("table3.") for c in claims)
     # one seed decides nothing; what is exact holds

@@ -24,6 +24,8 @@ from papermill.parameterize import parameterize_notebook
 from nskd.engine.files import notebook_path
 from nskd.engine.hardware import threads
 
+RESULT_FILES = {"records.csv", "table.csv", "claims.json", "summary.md", "results.json", "figure.png"}
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -84,14 +86,7 @@ def check_smoke_results(base, done, name, claims, prefix=None):
     The notebook's name); the claims themselves.
     """
     assert done[name].returncode == 0, done[name].stderr[-2000:]
-    assert {p.name for p in (base / name).iterdir()} == {
-        "records.csv",
-        "table.csv",
-        "claims.json",
-        "summary.md",
-        "results.json",
-        "figure.png",
-    }
+    assert {p.name for p in (base / name).iterdir()} == RESULT_FILES
     found = json.loads((base / name / "claims.json").read_text())
     assert len(found) == claims == len({c["id"] for c in found}) and {c["id"].split(".")[0] for c in found} == {
         prefix or name

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..norms import bn_mode, norm_kinds
 
-# %% ../../nbs/diagnostics/01_activations.ipynb #c62276a9
+# %% ../../nbs/diagnostics/01_activations.ipynb #c6ec841f
 @dataclass(frozen=True)
 class ActivationStatistics:
     "Mean and variance (biased) over positions of every image and channel: float32 (N, C) each; `layer`: whose output."
@@ -23,20 +23,6 @@ class ActivationStatistics:
     mean: torch.Tensor
     variance: torch.Tensor
     layer: str
-
-
-def _first_batch_norm(net, example):
-    "Name of the first BatchNorm that a forward pass of `example` reaches."
-    found, handles = [], []
-    for name, m in net.named_modules():
-        if isinstance(m, _BatchNorm):
-            handles.append(m.register_forward_pre_hook(lambda m, _, name=name: found.append(name)))
-    try:
-        net(example)
-    finally:
-        for h in handles:
-            h.remove()
-    return found[0]
 
 
 @torch.no_grad()
@@ -49,30 +35,46 @@ def activation_statistics(net, inputs, mode="cs", layer=None, batch_size=256):
     """
     if not norm_kinds(net)["bn"]:
         raise ValueError(
-            "this network has no BatchNorm: running and current statistics are one computation in it, and there is no Conv–BN–ReLU block to look at"
+            "this network has no BatchNorm: running and current statistics are one computation in it, and there is no "
+            "Conv–BN–ReLU block to look at"
         )
-    device, kept = next(net.parameters()).device, []
+    device, means, variances = next(net.parameters()).device, [], []
     parts = inputs.tensor_split(math.ceil(len(inputs) / batch_size))
+
+    def record(module, args, out):
+        var, mean = torch.var_mean(out.relu().flatten(2), 2, correction=0)  # (B, C) each
+        means.append(mean.cpu())
+        variances.append(var.cpu())
+
     with bn_mode(net, mode):
-        layer = layer or _first_batch_norm(net, parts[0].to(device))
-        names = {n for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
-        if layer not in names:
-            raise ValueError(f"there is no BatchNorm layer {layer!r}; the network has {', '.join(sorted(names)[:6])} …")
-
-        def keep(module, args, out):
-            var, mean = torch.var_mean(out.relu().flatten(2), 2, correction=0)  # (B, C) each
-            kept.append((mean.cpu(), var.cpu()))
-
-        handle = net.get_submodule(layer).register_forward_hook(keep)
+        layer = _batch_norm_name(net, layer, parts[0].to(device))
+        handle = net.get_submodule(layer).register_forward_hook(record)
         try:
             for x in parts:
                 net(x.to(device))
         finally:
             handle.remove()
-    mean, variance = (torch.cat(t) for t in zip(*kept))
-    return ActivationStatistics(mean, variance, layer)
+    return ActivationStatistics(torch.cat(means), torch.cat(variances), layer)
 
 
+def _batch_norm_name(net, layer, example):
+    "The name `layer` of a BatchNorm, checked; for None that of the first one that a forward pass of `example` reaches."
+    names = {module: name for name, module in net.named_modules() if isinstance(module, _BatchNorm)}
+    if layer is not None:
+        if layer not in names.values():
+            known = ", ".join(sorted(names.values())[:6])
+            raise ValueError(f"there is no BatchNorm layer {layer!r}; the network has {known} …")
+        return layer
+    reached = []
+    handles = [m.register_forward_pre_hook(lambda module, args: reached.append(names[module])) for m in names]
+    try:
+        net(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached[0]
+
+# %% ../../nbs/diagnostics/01_activations.ipynb #c62276a9
 def energy_coefficient(x, y):
     """How far two clouds of points are apart: about 0 for equal distributions, up to 1; `x` (N, D), `y` (M, D).
 
@@ -81,15 +83,15 @@ def energy_coefficient(x, y):
     """
     scale = torch.cat((x, y)).std(0, correction=0)
     x, y = (t.double() / torch.where(scale > 0, scale, 1).double() for t in (x, y))
-    within = lambda t: torch.cdist(t, t).sum() / (len(t) * (len(t) - 1))
     between = 2 * torch.cdist(x, y).mean()
-    return ((between - within(x) - within(y)) / between).item() if between > 0 else 0.0
+    within_x, within_y = (torch.cdist(t, t).sum() / (len(t) * (len(t) - 1)) for t in (x, y))
+    return ((between - within_x - within_y) / between).item() if between > 0 else 0.0
 
-
+# %% ../../nbs/diagnostics/01_activations.ipynb #5586fcc5
 def channel_mismatches(a, b):
-    "Energy coefficient of two `ActivationStatistics`' (mean, variance) clouds in each channel: float64 (C,), about 0 … 1."
-    clouds = lambda s: torch.stack((s.mean, s.variance), 2).unbind(1)  # C times (N, 2)
-    return np.array([energy_coefficient(x, y) for x, y in zip(clouds(a), clouds(b))])
+    "Energy coefficient of the (mean, variance) clouds of two `ActivationStatistics` in each channel: float64 (C,)."
+    clouds_a, clouds_b = (torch.stack((s.mean, s.variance), 2).unbind(1) for s in (a, b))  # C times (N, 2)
+    return np.array([energy_coefficient(x, y) for x, y in zip(clouds_a, clouds_b)])
 
 
 def activation_mismatch(a, b):

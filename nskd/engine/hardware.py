@@ -88,7 +88,7 @@ def device_name(device):
 
 def _cpu_name():
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         lines = []
     for line in lines:

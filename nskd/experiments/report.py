@@ -138,7 +138,7 @@ def _rows_with_brackets(table):
     groups = list(dict.fromkeys(column[:2] for column in table.columns))
     yield ["", *(f"{norm}, {pair}" for norm, pair in groups)]
     for name, row in table.iterrows():
-        yield [name, *(f"{row[(*g, 'measured')]} ({row[(*g, 'paper')]})" for g in groups)]
+        yield [name, *(f"{row[g + ('measured',)]} ({row[g + ('paper',)]})" for g in groups)]
 
 
 def _plain_rows(table):

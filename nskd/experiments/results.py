@@ -139,7 +139,7 @@ def newest_summary():
     found = sorted(outputs_dir().glob("*/summary.md"), key=lambda f: f.stat().st_mtime)
     if not found:
         raise ValueError(f"there are no results in {outputs_dir()} yet")
-    return found[-1], found[-1].read_text()
+    return found[-1], found[-1].read_text(encoding="utf-8")
 
 # %% ../../nbs/experiments/06_results.ipynb #1610deea
 if __name__ == "__main__" and "__file__" in globals():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SoftTargets', 'FunctionalStudy', 'VisionTargets', 'predict', 'study_teacher', 'run_study']
 
-# %% ../../nbs/functional/03_study.ipynb #347571d3
+# %% ../../nbs/functional/03_study.ipynb #0579ddf6
 import shutil
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -23,21 +23,17 @@ from ..engine.keys import tensors_key
 from ..engine.runs import cached
 from ..engine.workers import pick_workers, run_parallel
 from ..experiments.cells import NARROW
-from ..experiments.parameters import RunParameters, Seeds, as_list
+from ..experiments.parameters import RunParameters, Seeds, numbers
 from .metrics import MIN_PAIRS, agreement_rates, functional_metrics
 from .students import ImageTask, Student, conditions, network_state, set_state, train_students
 from ..models import list_models
 
-# %% ../../nbs/functional/03_study.ipynb #1449f899
-def _as_floats(value):
-    return [float(v) for v in as_list(value)]
-
-
+# %% ../../nbs/functional/03_study.ipynb #b745d7bf
 class SoftTargets(RunParameters):
     "How the networks of this paper's studies are trained: teachers just as students; the notebooks' comments say more."
 
     absent: ClassVar[tuple] = ("budget_seconds",)
-    alphas: Annotated[list[float], BeforeValidator(_as_floats)] = [0.1, 0.5, 0.9]
+    alphas: Annotated[list[float], numbers(float, "alphas", 0, 1)] = [0.1, 0.5, 0.9]
     steps: int = Field(300, ge=1)
     batch_size: int = Field(64, ge=2)
     lr: float = Field(1e-3, gt=0)
@@ -53,8 +49,8 @@ class SoftTargets(RunParameters):
     @field_validator("alphas")
     @classmethod
     def _alphas(cls, alphas):
-        if not alphas or len(set(alphas)) < len(alphas) or not all(0 < a < 1 for a in alphas):
-            raise ValueError(f"alphas must be different numbers between 0 and 1, such as 0.1,0.5,0.9, not {alphas}")
+        if not all(0 < a < 1 for a in alphas):
+            raise ValueError(f"alphas must lie between 0 and 1, such as 0.1,0.5,0.9, not {alphas}")
         return sorted(alphas)
 
 

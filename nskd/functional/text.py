@@ -137,6 +137,7 @@ class CharGPT(torch.nn.Module):
 
     def __init__(self, settings, vocabulary, seed):
         super().__init__()
+        import nskd.engine.vision  # noqa: F401, before transformers, which imports torchvision
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(

@@ -101,6 +101,7 @@ def _trained(job, ds, budget_seconds):
 
 
 def _pretrained(job):
+    import nskd.engine.vision  # noqa: F401, before timm, which imports torchvision
     import timm
 
     net = timm.create_model(job.model.removeprefix("timm:"), pretrained=True).eval().to(pick_device(job.p.device))
@@ -263,11 +264,13 @@ def plot_blocks(records, columns):
         squeeze=False,
         sharex=True,
     )
-    for line, model in zip(axes, models):
+    for row, model in zip(axes, models):
         part = records[records.model == model]
-        for ax, (column, label) in zip(line, columns.items()):
+        for ax, (column, label) in zip(row, columns.items()):
             _plot_conditions(ax, part, column)
-            ax.set(title=model, ylabel=label, xlabel="block" if line is axes[-1] else "")
+            ax.set(title=model, ylabel=label)
+    for ax in axes[-1]:
+        ax.set_xlabel("block")
     handles = {label: h for ax in axes.ravel() for h, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize="small")
     return fig

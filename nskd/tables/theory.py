@@ -307,7 +307,7 @@ def figure(heads, p):
     _plot_spread(axes[1], heads[heads.weights == "trained"].groupby("block"), p)
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend(fontsize="x-small", frameon=True, framealpha=0.9)
+        ax.legend(fontsize="x-small", loc="upper right", frameon=True, framealpha=0.9)
     return fig
 
 
@@ -330,7 +330,8 @@ def _plot_spread(ax, blocks, p):
     ):
         ax.plot(blocks[column].mean(), "o-", color=colour, markersize=3, label=label)
     ax.axhline(math.log(p.tokens), color="black", linestyle=":", linewidth=1, label="log N: above it e^Δ/N > 1")
-    ax.set(xlabel="block", ylabel="score spread Δ", title="Trained weights", ylim=(0, None))
+    ax.set(xlabel="block", ylabel="score spread Δ", title="Trained weights")
+    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])  # room for the legend
 
 # %% ../../nbs/tables/theory_room.ipynb #e543eddc
 def _every_p(pvalues):
