@@ -16,7 +16,7 @@ from ..engine.hardware import pick_device, pick_student_precision, pick_teacher_
 from ..engine.style import plot_effects
 from ..experiments.parameters import Sweep, each_of
 from ..experiments.runner import run_sweep
-from ..experiments.statistics import claim_rows, interval, per_seed, plus_minus, within
+from ..experiments.statistics import claim_rows, gaps_to_reference, interval, plus_minus, within
 
 # %% ../../nbs/tables/precision_room.ipynb #685b8f0f
 WAYS = {"fp32": "all float32", "teacher": "teacher in bfloat16", "bf16": "both in bfloat16"}
@@ -100,14 +100,7 @@ def table(records, p):
 # %% ../../nbs/tables/precision_room.ipynb #757cc2bc
 def differences(records, p):
     "Accuracy (CS mode) less that in float32, points by seed: {(way, norm): Series}."
-    found = {}
-    for way in p.ways:
-        if way == "fp32":
-            continue
-        for norm in p.norms:
-            reference = per_seed(records, norm=norm, way="fp32")
-            found[way, norm] = (per_seed(records, norm=norm, way=way) - reference).dropna()
-    return found
+    return gaps_to_reference(records, "way", p.ways, "fp32", p.norms)
 
 # %% ../../nbs/tables/precision_room.ipynb #98c58aee
 def plot_differences(found):

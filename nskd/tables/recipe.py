@@ -22,7 +22,7 @@ from ..data import load_dataset
 from ..distillation import FAST
 from ..experiments.parameters import Sweep, each_of, numbers
 from ..experiments.runner import run_sweep
-from ..experiments.statistics import claim_rows, judge, per_seed, plus_minus
+from ..experiments.statistics import claim_rows, gaps_to_reference, judge, plus_minus
 from ..models import create_model
 from .precision import plot_differences
 
@@ -183,14 +183,7 @@ def run(p):
 # %% ../../nbs/tables/recipe_room.ipynb #32c54ee1
 def gains(records, p):
     "Accuracy (CS mode) less that of the paper's protocol, points by seed: {(recipe, norm): Series}."
-    found = {}
-    for name in p.recipes:
-        if name == "paper":
-            continue
-        for norm in p.norms:
-            paper = per_seed(records, norm=norm, recipe="paper")
-            found[name, norm] = (per_seed(records, norm=norm, recipe=name) - paper).dropna()
-    return found
+    return gaps_to_reference(records, "recipe", p.recipes, "paper", p.norms)
 
 
 def table(records, p):
